@@ -1,0 +1,43 @@
+"""Fused kernels for hybrid conv–attention vision models: the public names, nothing else."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backends import UnsupportedError, use_backend
+from .ops.activation import ACTIVATIONS, activation
+from .ops.conv_mlp import ConvMLPWeights, conv_mlp
+from .ops.depthwise_conv2d import Norm, depthwise_conv2d
+from .ops.dropout import dropout, make_rng
+from .ops.kelu import kelu
+from .ops.layer_norm_2d import layer_norm_2d
+from .ops.linear import linear
+from .ops.register_attention import ATTEND, register_attention
+from ._libraries import LIBRARIES as _libraries  # noqa: F401, I001  after the operators: it checks their schemas
+from .modules import ConvMLP, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
+
+try:
+    __version__ = version("sdp-kernels")
+except PackageNotFoundError:  # run from a source tree that nobody installed
+    __version__ = "0+source"
+
+__all__ = [
+    "ACTIVATIONS",
+    "ATTEND",
+    "ConvMLP",
+    "ConvMLPWeights",
+    "DepthwiseConv2d",
+    "KeLU",
+    "LayerNorm2d",
+    "Norm",
+    "RegisterAttention",
+    "UnsupportedError",
+    "activation",
+    "conv_mlp",
+    "depthwise_conv2d",
+    "dropout",
+    "kelu",
+    "layer_norm_2d",
+    "linear",
+    "make_rng",
+    "register_attention",
+    "use_backend",
+]

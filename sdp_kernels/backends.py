@@ -1,0 +1,127 @@
+"""Which backends exist here, what each cannot do and why, and how one is chosen.
+
+Automatic choice takes the first backend, in the order measured fastest, that has no reason against the case. A backend
+asked for by name (``backend=``, :func:`use_backend`, ``SDP_KERNELS_BACKEND``) is taken or refused with every backend's
+reasons. The choice reads metadata only, so ``torch.compile`` can trace it; it is kept for the backward pass.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("sdp_kernels")
+
+HALF_AND_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
+FLOATING = HALF_AND_SINGLE | {torch.float64}
+
+
+class UnsupportedError(RuntimeError):
+    """A backend was asked for by name and cannot do the case; the message lists every backend's reasons."""
+
+
+@dataclass
+class Backend:
+    """One way to run operators. ``operators`` and ``absent`` are filled in when the package is imported."""
+
+    name: str
+    namespace: str | None
+    """``torch.ops`` namespace of its kernels; None for backends that are plain Python."""
+    device_types: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    operators: set[str] = field(default_factory=set)
+    absent: str | None = None
+    """Why nothing of this backend can run here, e.g. a library that did not load."""
+
+    def unsupported_reasons(self, operator: str, device_type: str, dtype: torch.dtype) -> list[str]:
+        """Why this backend cannot run ``operator`` on tensors of that device and dtype; empty when it can."""
+        if self.absent is not None:
+            return [self.absent]
+        reasons = []
+        if operator not in self.operators:
+            reasons.append(f"has no {operator} kernel")
+        if device_type not in self.device_types:
+            reasons.append(f"runs on {'/'.join(sorted(self.device_types))}, not on {device_type}")
+        if dtype not in self.dtypes:
+            reasons.append(f"has no {str(dtype).removeprefix('torch.')} kernels")
+        return reasons
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "sdp_kernels_cpp", frozenset({"cpu"}), FLOATING),
+        Backend("cuda", "sdp_kernels_cpp", frozenset({"cuda"}), HALF_AND_SINGLE),
+        Backend("composed", None, frozenset({"cpu", "cuda"}), FLOATING),
+        Backend("reference", None, frozenset({"cpu", "cuda", "meta"}), FLOATING),
+    )
+}
+"""In the order of automatic choice. ``composed`` builds an operator from smaller ones, each choosing for itself."""
+
+
+def _checked(name: str | None, where: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced: str | None = _checked(os.environ.get("SDP_KERNELS_BACKEND") or None, "environment variable SDP_KERNELS_BACKEND")
+_reported: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operator inside the block on ``name`` (None: choose automatically). Process-wide, not per thread.
+
+    Raises ValueError for an unknown name; an operator that ``name`` cannot run raises :class:`UnsupportedError`.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend's name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def every_reason(operator: str, device_type: str, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Backend → reasons against the case, for all backends; an empty list means it can."""
+    return {name: b.unsupported_reasons(operator, device_type, dtype) for name, b in BACKENDS.items()}
+
+
+def choose(operator: str, x: Tensor, backend: str | None = None) -> str:
+    """Name of the backend to run ``operator`` on ``x``. ``backend`` asks for one by name.
+
+    Raises ValueError for an unknown name and :class:`UnsupportedError` when a named backend cannot do the case.
+    """
+    device_type, dtype = x.device.type, x.dtype
+    requested = _checked(backend, "backend") or _forced
+    if requested is not None:
+        if not BACKENDS[requested].unsupported_reasons(operator, device_type, dtype):
+            return requested
+        lines = [
+            f"  {name}: {'; '.join(reasons) or 'can'}"
+            for name, reasons in every_reason(operator, device_type, dtype).items()
+        ]
+        raise UnsupportedError(
+            f"backend {requested!r} cannot run {operator} on {device_type} tensors of {dtype}:\n" + "\n".join(lines)
+        )
+    for name, candidate in BACKENDS.items():
+        if not candidate.unsupported_reasons(operator, device_type, dtype):
+            if name == "reference":
+                _report_fallback(operator, device_type, dtype)
+            return name
+    raise UnsupportedError(f"no backend runs {operator} on {device_type} tensors of {dtype}")
+
+
+def _report_fallback(operator: str, device_type: str, dtype: torch.dtype) -> None:
+    """One line per operator, once a process; meta tensors run no kernel, and a traced call must not log."""
+    if torch.compiler.is_compiling() or operator in _reported or device_type == "meta":
+        return
+    _reported.add(operator)
+    reasons = every_reason(operator, device_type, dtype)
+    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items() if why)
+    log.info("%s runs on the reference backend (%s)", operator, told)

@@ -1,0 +1,1 @@
+"""Operators built from smaller ones of this package, each of which chooses its own backend."""

@@ -1,0 +1,47 @@
+"""The operator contract, once: schemas and fakes in every backend namespace, launching a kernel, double backward.
+
+An operator file defines ``SCHEMAS`` (a literal dict, which the build reads as text to compute its hash), calls
+:func:`define` with its fakes, and wraps :func:`launch` in an ``autograd.Function`` (measured cheaper per call than
+``register_autograd``). A backend is a set of kernels registered under one of ``NAMESPACES`` for a dispatch key.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .._schema_hash import hash_of
+from ..backends import BACKENDS
+
+NAMESPACES = tuple(dict.fromkeys(b.namespace for b in BACKENDS.values() if b.namespace))
+_LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
+_SCHEMAS: dict[str, str] = {}
+OPERATORS: dict[str, tuple[str, ...]] = {}
+"""Operator → names of its kernels, e.g. ``kelu`` → (``kelu_fwd``, ``kelu_bwd``); empty for composite operators."""
+
+
+def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable]) -> None:
+    """Declare an operator: the same schemas and fakes in every namespace; its reference counts as there."""
+    if schemas.keys() != fakes.keys():
+        raise ValueError(f"{operator}: every schema needs a fake, got {sorted(schemas)} and {sorted(fakes)}")
+    for namespace, library in _LIBRARIES.items():
+        for name, text in schemas.items():
+            library.define(name + text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+            torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    _SCHEMAS.update(schemas)
+    OPERATORS[operator] = tuple(schemas)
+    BACKENDS["reference"].operators.add(operator)
+
+
+def current_schema_hash() -> str:
+    """Hash of the schemas defined by this process, to compare with the one a library was built from."""
+    return hash_of(_SCHEMAS)
+
+
+def launch(backend: str, kernel: str, *args):
+    """Call ``kernel`` (e.g. ``kelu_fwd``) of a backend that has kernels."""
+    return getattr(getattr(torch.ops, BACKENDS[backend].namespace), kernel).default(*args)
+
+
+def differentiating_twice() -> bool:
+    """True inside a backward pass that is itself recorded (``create_graph=True``); never while compiling."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

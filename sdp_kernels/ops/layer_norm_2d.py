@@ -1,0 +1,144 @@
+"""LayerNorm over the channels of a picture at each pixel, or over the last dimension of a token buffer."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ..reference.precision import accumulate_dtype
+from ._checks import (
+    check_eps,
+    check_floating,
+    check_parameter,
+    check_rank,
+    check_registers,
+    check_residual,
+)
+from ._contract import define, differentiating_twice, launch
+
+SCHEMAS = {
+    "layer_norm_2d_fwd": (
+        "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, int registers)"
+        " -> (Tensor y, Tensor mean, Tensor rstd, Tensor sum)"
+    ),
+    "layer_norm_2d_bwd": (
+        "(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int registers)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+}
+
+
+def _statistics_shape(x: Tensor) -> tuple[int, ...]:
+    return (x.shape[0], x.shape[2], x.shape[3]) if x.dim() == 4 else (x.shape[0], x.shape[1])
+
+
+def _fake_fwd(x, residual, weight, bias, eps, registers):
+    statistics = [x.new_empty(_statistics_shape(x), dtype=accumulate_dtype(x.dtype)) for _ in range(2)]
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    return torch.empty_like(x), *statistics, total
+
+
+def _fake_bwd(grad, grad_sum, x, weight, mean, rstd, registers):
+    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+define("layer_norm_2d", SCHEMAS, {"layer_norm_2d_fwd": _fake_fwd, "layer_norm_2d_bwd": _fake_bwd})
+
+
+class _LayerNorm2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps: float, registers: int, backend: str):
+        y, mean, rstd, _ = launch(backend, "layer_norm_2d_fwd", x, None, weight, bias, eps, registers)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.registers, ctx.backend = eps, registers, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, rstd = ctx.saved_tensors
+        if differentiating_twice():
+            gradients = reference.layer_norm_2d.layer_norm_2d_bwd(grad, x, weight, ctx.eps, ctx.registers)
+        else:
+            gradients = launch(
+                ctx.backend, "layer_norm_2d_bwd", grad, None, x, weight, mean, rstd, ctx.registers
+            )
+        return *gradients, None, None, None
+
+
+class _AddLayerNorm2d(torch.autograd.Function):
+    """Residual add, then norm. Keeps the sum, which is an output anyway, instead of the two addends."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps: float, registers: int, backend: str):
+        y, mean, rstd, total = launch(backend, "layer_norm_2d_fwd", x, residual, weight, bias, eps, registers)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.eps, ctx.registers, ctx.backend = eps, registers, backend
+        return total, y
+
+    @staticmethod
+    def backward(ctx, grad_sum, grad):
+        total, weight, mean, rstd = ctx.saved_tensors
+        if differentiating_twice():
+            dx, dw, db = reference.layer_norm_2d.layer_norm_2d_bwd(grad, total, weight, ctx.eps, ctx.registers)
+            dx = dx + grad_sum
+        else:
+            dx, dw, db = launch(
+                ctx.backend, "layer_norm_2d_bwd", grad, grad_sum, total, weight, mean, rstd, ctx.registers
+            )
+        return dx, dx, dw, db, None, None, None
+
+
+def layer_norm_2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    registers: int = 0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over C: ``(x − mean) / √(var + eps) · weight + bias`` with the biased variance over the channels.
+
+    Args:
+        x: a picture (B, C, H, W) of any strides (contiguous and channels_last are fast), normalised over C at every
+            pixel; or a token buffer (B, T, C), normalised over its last dimension.
+        weight, bias: (C,) in x's dtype or float32.
+        eps: positive, added to the variance.
+        residual: of x's shape and dtype; added first, and the sum (rounded to x's dtype) is returned as well.
+        registers: rows at the front of each sample of a token buffer that are written as 0 and take no part in
+            dweight and dbias (residual rows are added all the same).
+        backend: run this backend or raise; None chooses.
+
+    Returns:
+        y of x's shape and dtype, in x's memory layout where x is dense; with ``residual`` the pair (sum, y).
+
+    Statistics are fp32 (fp64 for float64). Backward keeps x (or the sum) and mean and rstd, 8 bytes per pixel.
+    Twice differentiable in eager mode. Computes in fp32 under autocast; the result has x's dtype.
+
+    Raises:
+        TypeError, ValueError: rank, shapes, dtypes, devices, eps ≤ 0, registers; UnsupportedError: named backend.
+
+    Source: Ba et al., "Layer Normalization" (2016), applied per pixel as in ConvNeXt.
+    """
+    check_floating("x", x)
+    check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
+    channels = x.shape[1] if x.dim() == 4 else x.shape[2]
+    if not torch.compiler.is_compiling() and channels < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    check_parameter("weight", weight, (channels,), x)
+    check_parameter("bias", bias, (channels,), x)
+    check_eps(eps)
+    check_registers(registers, x)
+    check_residual(residual, x.shape, x)
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
+    chosen = choose("layer_norm_2d", x, backend)
+    if chosen == "reference":
+        if residual is None:
+            return reference.layer_norm_2d.layer_norm_2d(x, weight, bias, eps, registers)
+        total = x + residual
+        return total, reference.layer_norm_2d.layer_norm_2d(total, weight, bias, eps, registers)
+    if residual is None:
+        return _LayerNorm2d.apply(x, weight, bias, float(eps), registers, chosen)
+    return _AddLayerNorm2d.apply(x, residual, weight, bias, float(eps), registers, chosen)

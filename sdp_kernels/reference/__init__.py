@@ -1,0 +1,5 @@
+"""The operators in plain PyTorch: the definition of right. Knows no other backend and registers nothing."""
+
+from . import conv_mlp, depthwise_conv2d, kelu, layer_norm_2d, linear, philox, register_attention
+
+__all__ = ["conv_mlp", "depthwise_conv2d", "kelu", "layer_norm_2d", "linear", "philox", "register_attention"]

@@ -1,0 +1,55 @@
+"""Attention over register and image tokens with per-head q/k LayerNorm, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .philox import ATTENTION, dropout as philox_dropout
+from .precision import widen
+
+ATTEND = ("all", "image_to_image", "registers_to_registers", "separate")
+"""Which tokens a query may read. ``all``: every token. ``image_to_image``: image tokens read image tokens only, registers
+read all. ``registers_to_registers``: registers read registers only, image tokens read all. ``separate``: both limits."""
+
+
+def attention_mask(attend: str, tokens: int, registers: int, device: torch.device) -> Tensor | None:
+    """(T, T) bool, True where the row's query may read the column's key; None for ``all``."""
+    if attend == "all" or registers == 0:
+        return None
+    register = torch.arange(tokens, device=device) < registers
+    query, key = register[:, None], register[None, :]
+    return {
+        "image_to_image": query | ~key,
+        "registers_to_registers": ~query | key,
+        "separate": query == key,
+    }[attend]
+
+
+def register_attention(
+    qkv: Tensor,
+    q_norm: tuple[Tensor, Tensor] | None = None,
+    k_norm: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    scale: float | None = None,
+    registers: int = 0,
+    attend: str = "all",
+    dropout: float = 0.0,
+    rng: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """qkv (B, T, 3, h, d) → (B, T, h·d): softmax(LN_q(q) · LN_k(k)ᵀ · scale) · v, scale 1/√d unless given."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    if q_norm is not None:
+        q = F.layer_norm(widen(q), q.shape[-1:], *(p.to(widen(q).dtype) for p in q_norm), eps).to(q.dtype)
+    if k_norm is not None:
+        k = F.layer_norm(widen(k), k.shape[-1:], *(p.to(widen(k).dtype) for p in k_norm), eps).to(k.dtype)
+    mask = attention_mask(attend, qkv.shape[1], registers, qkv.device)
+    if dropout == 0:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        with torch.autocast(qkv.device.type, enabled=False):  # scores and weights stay in fp32
+            scores = widen(q) @ widen(k).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+            weights = philox_dropout(scores.softmax(-1), dropout, rng, layer, ATTENTION)
+            y = (weights @ widen(v)).to(v.dtype)
+    return y.transpose(1, 2).flatten(2)

@@ -1,0 +1,41 @@
+"""Exponential moving average of the weights, in fp32."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """A second model whose weights follow the live ones: e ← e + (1 − dₙ)·(w − e).
+
+    dₙ = min(decay, (1 + n)/(10 + n)) at update n = 0, 1, 2 …: early averages are short, so the random start is soon forgotten.
+    After n updates e = Σᵢ (1 − dᵢ)·Πⱼ₍ⱼ₎₌ᵢ₊₁…ₙ₋₁ dⱼ · wᵢ + Πⱼ dⱼ · e₀. Buffers are copied. Kept in fp32 (fp64 for fp64 weights).
+    The number of updates is the number of steps, so a resumed run needs no counter of its own.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay: got {decay}, wanted a number in [0, 1)")
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        for p in self.module.parameters():
+            if p.is_floating_point() and p.dtype != torch.float64:
+                p.data = p.data.float()
+
+    def decay_at(self, n: int) -> float:
+        return min(self.decay, (1 + n) / (10 + n))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, n: int, keep: Tensor | None = None) -> None:
+        """Update number n (from 0). keep: scalar tensor, 1 to leave the average as it is (a step that did not happen), else 0."""
+        averages = list(self.module.parameters())
+        live = [p.to(a.dtype) for p, a in zip(model.parameters(), averages, strict=True)]
+        weight = 1.0 - self.decay_at(n)
+        difference = torch._foreach_sub(live, averages)
+        torch._foreach_mul_(difference, weight if keep is None else (1.0 - keep) * weight)
+        torch._foreach_add_(averages, difference)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)

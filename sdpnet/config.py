@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from sdpnet import models
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -243,9 +245,7 @@ def resolve(*layers: tuple[str, Mapping[str, Any]]) -> Resolved:
     for key, value in merged.items():
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
-    options = _model_options(tree.get("model", {}).get("name", Model().name))
-    for name in set(tree.get("model", {})) - {"name"}:
-        tree["model"][name] = _model_value(name, tree["model"][name], options, origins[f"model.{name}"])
+    _fill_model(tree.setdefault("model", {}), origins)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -298,24 +298,32 @@ def _check_together(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- model options
-def _model_options(name: Any) -> dict[str, Any]:
-    """{option: annotation} of the model called ``name``; unknown names are left to create_model, which lists the known ones."""
-    from sdpnet import models
-
-    cls = models.config_class(name) if isinstance(name, str) and name in models.list_models() else None
-    return typing.get_type_hints(cls) if cls else {}
+FROM_DATA = ("num_classes", "in_channels", "image_size")  # taken from the data set unless the configuration sets them
 
 
-def _model_value(name: str, value: Any, options: dict[str, Any], origin: str) -> Any:
-    if not options:
-        return value
-    if name not in options:
-        near = difflib.get_close_matches(name, options, 1)
-        raise ConfigError(
-            f"{origin}: unknown key 'model.{name}'; "
-            + (f"did you mean 'model.{near[0]}'?" if near else f"the model has: {', '.join(sorted(options))}")
-        )
+def _fill_model(section: dict[str, Any], origins: dict[str, str]) -> None:
+    """Checks the model's options as the model itself does, and adds those that its name stands for."""
+    name = section.get("name", Model().name)
+    given = {key: value for key, value in section.items() if key != "name"}
     try:
-        return TypeAdapter(options[name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(f"model.{name}: got {value!r} ({origin}): {error.errors()[0]['msg']}") from None
+        base = models.model_config(name)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.name ({origins.get('model.name', 'default')}): {error}") from None
+    options = typing.get_type_hints(type(base))
+    for key, value in given.items():
+        if key not in options:
+            near = difflib.get_close_matches(key, options, 1)
+            hint = f"did you mean 'model.{near[0]}'?" if near else f"the model has: {', '.join(options)}"
+            raise ConfigError(f"{origins[f'model.{key}']}: unknown key 'model.{key}'; {hint}")
+        try:
+            given[key] = TypeAdapter(options[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"model.{key}: got {value!r} ({origins[f'model.{key}']}): {error.errors()[0]['msg']}") from None
+    try:
+        whole = base.replace(**given).to_dict()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
+    for key, value in whole.items():
+        if key in given or key not in FROM_DATA:
+            section[key] = value
+            origins.setdefault(f"model.{key}", f"model {name}")

@@ -1,7 +1,7 @@
 """PEP 517 hooks: setuptools' own, plus torch as a build requirement in the one case that needs it.
 
-Asking for torch unconditionally would put gigabytes into pip's isolated build environment on every install, also where
-torch is installed already or no compiler runs. So it is asked for only when an extension is wanted, a C++ compiler really
+Asking for torch always would put gigabytes into pip's isolated build environment on every install, also where
+torch is installed already or no compiler runs. So it is asked for only if an extension is wanted, a C++ compiler really
 runs, and no usable torch headers are visible in the environment that is being installed into.
 """
 

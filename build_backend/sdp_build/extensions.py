@@ -1,4 +1,4 @@
-"""The policy: each extension is built where it can be; where not, the reason is recorded (an error, if it was demanded).
+"""The policy: an extension is built where it can be; where not, the reason is recorded (an error, if it was demanded).
 
 ``build_extensions`` leaves the libraries and ``_build_report.json`` in the package directory and returns the report,
 which ``python -m sdp_kernels.info`` shows. It has one entry per extension: built, reason and, of a built one, compiler,

@@ -108,8 +108,7 @@ def plan_extension(
         variants = list(enumerate(levels))
     else:
         base = [*nvcc.command, *NVCC_FLAGS, *gencode_flags(arch_list)]
-        # nvcc finds its host compiler itself; one the user named explicitly wins.
-        extra = ["-ccbin", env["CXX"].strip()] if env.get("CXX", "").strip() else []
+        extra = _host_compiler(env)
         variants = [(None, [])]
     common = [*TARGET, f"-DSDP_LEVELS={len(levels)}"]
 
@@ -165,28 +164,23 @@ def _stub(cxx: Tool, library: str, work: Path) -> Step:
 
 def _link(name, cxx: Tool, nvcc: Tool | None, env, work: Path, objects: list[Path], stubs: list[Path]) -> Step:
     output = work / f"{name}.abi3.so"
-    files = [*map(str, objects)]
-    # The stand-ins define nothing, so the linker would drop them; their names are all that is wanted of them.
-    keep, drop = "--no-as-needed", "--as-needed"
+    files = [*map(str, [*objects, *stubs])]
+    # The stand-ins define nothing, so a linker left to itself may drop them; but their names are to be recorded.
     if name == "_C":
         flags = shlex.split(env.get("LDFLAGS", ""))
-        command = [
-            *cxx.command,
-            "-shared",
-            "-o",
-            str(output),
-            *files,
-            f"-Wl,{keep}",
-            *map(str, stubs),
-            f"-Wl,{drop}",
-            *flags,
-        ]
+        command = [*cxx.command, "-shared", "-Wl,--no-as-needed", "-o", str(output), *files, *flags]
     else:
         # nvcc knows where its own static runtime is. It stays hidden inside: torch may have loaded another libcudart.
-        host = ["-ccbin", env["CXX"].strip()] if env.get("CXX", "").strip() else []
-        command = [*nvcc.command, *host, "-shared", "-cudart=static", "-Xcompiler=-fPIC", "-Xlinker=--exclude-libs,ALL"]
-        command += ["-o", str(output), *files, f"-Xlinker={keep}", *map(str, stubs), f"-Xlinker={drop}"]
+        command = [*nvcc.command, *_host_compiler(env), "-shared", "-cudart=static", "-Xcompiler=-fPIC"]
+        # By way of -Xcompiler, since nvcc puts what -Xlinker says behind the files, where it comes too late for them.
+        command += [r"-Xcompiler=-Wl\,--no-as-needed", "-Xlinker=--exclude-libs,ALL", "-o", str(output), *files]
     return Step(output, (*objects, *stubs), tuple(command), f"link {output.name}")
+
+
+def _host_compiler(env: Mapping[str, str]) -> list[str]:
+    # nvcc finds a host compiler itself; one that the user named wins, unless a launcher (ccache, say) comes before it.
+    words = shlex.split(env.get("CXX", ""))
+    return ["-ccbin", words[0]] if len(words) == 1 else []
 
 
 def _info_header(facts: Mapping[str, object]) -> str:

@@ -60,7 +60,7 @@ def run(command: Iterable[str], timeout: float = 120, **kwargs) -> subprocess.Co
 
 
 def find_cxx(env: Mapping[str, str]) -> Tool:
-    """The C++ compiler: $CXX if set (and then nothing else), else the first of c++, g++, clang++ that makes a library."""
+    """The C++ compiler: $CXX if set (then nothing else), else the first of c++, g++, clang++ that makes a library."""
     asked = env.get("CXX", "").strip()
     candidates = [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]
     for command in candidates:

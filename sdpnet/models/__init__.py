@@ -8,7 +8,7 @@ from . import checks
 from .config import SdPNetConfig
 from .sdpnet import SdPNet
 
-__all__ = ["SdPNet", "SdPNetConfig", "create_model", "list_models", "model_config"]
+__all__ = ["SdPNet", "SdPNetConfig", "config_class", "create_model", "list_models", "model_config"]
 
 _CONFIGS: dict[str, SdPNetConfig] = {}
 
@@ -18,15 +18,24 @@ def list_models() -> list[str]:
     return sorted(_CONFIGS)
 
 
+def config_class(name: str) -> type[SdPNetConfig]:
+    """The dataclass whose fields are the options of the model called ``name``; ValueError for an unknown name."""
+    return type(_named(name))
+
+
+def _named(name: str) -> SdPNetConfig:
+    if name not in _CONFIGS:
+        raise ValueError(checks.unknown_name("model", name, _CONFIGS))
+    return _CONFIGS[name]
+
+
 def model_config(name: str, **overrides: Any) -> SdPNetConfig:
     """The options behind a name, with some overridden.
 
     :raises ValueError: for an unknown name, with the nearest right one.
     :raises TypeError: for an unknown option, with the nearest right one.
     """
-    if name not in _CONFIGS:
-        raise ValueError(checks.unknown_name("model", name, _CONFIGS))
-    return _CONFIGS[name].replace(**overrides)
+    return _named(name).replace(**overrides)
 
 
 def create_model(name: str, *, num_classes: int | None = None, fused: bool = False, **overrides: Any) -> SdPNet:

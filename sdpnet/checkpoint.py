@@ -1,14 +1,15 @@
 """Checkpoints that are either whole or not there.
 
     run folder/
-      model.safetensors  ema.safetensors       the newest checkpoint's weights (hard links, or copies where links are not possible)
+      model.safetensors  ema.safetensors       the newest checkpoint's weights (hard links where possible)
       checkpoints/step-00000123/
         model.safetensors  ema.safetensors     weights and averages, loadable on their own
         optimizer.safetensors                  AdamW's moments and step counts, by parameter name
         state.json                             where the run stands, and the sha256 of the three files above
 
-A checkpoint is written into a hidden temporary folder, flushed to the disk and renamed. On reading every file is checked
-against its sha256 first, and a file that is missing, cut short or changed is refused by name before any weight is touched.
+A checkpoint is written into a hidden temporary folder, flushed to the disk and renamed. On reading every file is
+checked against its sha256 first, and a file that is missing, cut short or changed is refused by name before any
+weight is touched.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands. position: steps done in ``epoch``; loss_sum, samples: of this epoch so far; rows: metrics of the epochs before."""
+    """Where a run stands. position: steps done in ``epoch``; loss_sum, samples: of this epoch so far; rows: metrics
+    of the epochs before.
+    """
 
     epoch: int = 0
     position: int = 0
@@ -108,7 +111,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def save(
     run: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
 ) -> Path:
-    """Writes run/checkpoints/step-N, makes it the run's model.safetensors and ema.safetensors, and removes all but ``keep``."""
+    """Writes run/checkpoints/step-N, makes it the run's model.safetensors and ema.safetensors, and removes all but
+    ``keep``.
+    """
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -152,10 +157,11 @@ def newest(run: Path) -> Path:
     return found[-1]
 
 
-def load(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Reads and checks a whole checkpoint folder, then fills model, ema and optimizer. Raises CheckpointError, touching nothing."""
+def load(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Reads and checks a whole checkpoint folder, then fills model, ema and optimizer.
+
+    Raises CheckpointError, touching nothing.
+    """
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text())
@@ -179,7 +185,9 @@ def load(
 def check_fits(module: nn.Module, content: Mapping[str, Tensor], path: Path) -> None:
     """Raises CheckpointError when names or shapes in a file are not the module's."""
     wanted = module.state_dict()
-    wrong = [f"{k} missing" for k in wanted.keys() - content.keys()] + [f"{k} unknown" for k in content.keys() - wanted.keys()]
+    wrong = [f"{k} missing" for k in wanted.keys() - content.keys()] + [
+        f"{k} unknown" for k in content.keys() - wanted.keys()
+    ]
     wrong += [
         f"{k} has shape {tuple(content[k].shape)}, the model's has {tuple(wanted[k].shape)}"
         for k in wanted.keys() & content.keys()
@@ -195,7 +203,8 @@ def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optim
         return {}
     try:
         return {
-            i: {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(names)
+            i: {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for i, name in enumerate(names)
         }
     except KeyError as error:
         raise CheckpointError(f"{path} does not fit the model: {error} missing") from error

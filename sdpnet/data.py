@@ -1,11 +1,12 @@
 """Data sets and the order in which they are read.
 
-Randomness is a pure function, never a state: the order of an epoch is ``permutation(seed, epoch)``, and whatever is drawn
-for a sample (crop, shift, rotation …) comes from ``uniform(seed, epoch, position)``. A run can therefore be taken up at any
-step, with any number of loader threads, from two integers: the epoch and the position in it.
+Randomness is a pure function, never a state: the order of an epoch is ``permutation(seed, epoch)``, and whatever is
+drawn for a sample (crop, shift, rotation …) comes from ``uniform(seed, epoch, position)``. A run can therefore be
+taken up at any step, with any number of loader threads, from two integers: the epoch and the position in it.
 
-A data set has ``classes``, ``channels``, ``image_size``, ``value_max``, ``mean``, ``std``, ``labels`` (int64 tensor) and
-``batch(indices, draws) -> uint8 (B, channels, H, W)``. ``draws`` (B, DRAWS) are uniform numbers in [0, 1), None for evaluation.
+A data set has ``classes``, ``channels``, ``image_size``, ``value_max``, ``mean``, ``std``, ``labels`` (int64 tensor)
+and ``batch(indices, draws) -> uint8 (B, channels, H, W)``. ``draws`` (B, DRAWS) are uniform numbers in [0, 1), None
+for evaluation.
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ class Digits:
 class ImageFolder:
     """Images in ``root/<class name>/*.jpg|png|…``, decoded when they are asked for, by Pillow in threads.
 
-    In training (``draws`` given) a random part of the image is cut out (area ``crop_scale``, aspect ratio 3/4 … 4/3) and resized to
-    image_size; for evaluation the shorter side is resized to image_size / 0.875 and the middle is cut out.
-    Raises DataError naming the folder or file that is missing or unreadable, ImportError without Pillow.
+    In training (``draws`` given) a random part of the image is cut out (area ``crop_scale``, aspect ratio 3/4 … 4/3)
+    and resized to image_size; for evaluation the shorter side is resized to image_size / 0.875 and the middle is cut
+    out. Raises DataError naming the folder or file that is missing or unreadable, ImportError without Pillow.
     """
 
     channels, value_max = 3, 255
@@ -161,7 +162,9 @@ def _pillow():
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("data.source=folder decodes images with Pillow, which is not installed: pip install pillow") from error
+        raise ImportError(
+            "data.source=folder decodes images with Pillow, which is not installed: pip install pillow"
+        ) from error
     return Image
 
 

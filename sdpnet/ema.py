@@ -11,9 +11,10 @@ from torch import Tensor, nn
 class EMA:
     """A second model whose weights follow the live ones: e ← e + (1 − dₙ)·(w − e).
 
-    dₙ = min(decay, (1 + n)/(10 + n)) at update n = 0, 1, 2 …: early averages are short, so the random start is soon forgotten.
-    After n updates e = Σᵢ (1 − dᵢ)·Πⱼ₍ⱼ₎₌ᵢ₊₁…ₙ₋₁ dⱼ · wᵢ + Πⱼ dⱼ · e₀. Buffers are copied. Kept in fp32 (fp64 for fp64 weights).
-    The number of updates is the number of steps, so a resumed run needs no counter of its own.
+    dₙ = min(decay, (1 + n)/(10 + n)) at update n = 0, 1, 2 …: early averages are short, so the random start is soon
+    forgotten. After n updates, with Dᵢ = dᵢ·dᵢ₊₁·…·dₙ₋₁ (Dₙ = 1): e = D₀·e₀ + Σᵢ (1 − dᵢ)·Dᵢ₊₁·wᵢ.
+    Buffers are copied. Kept in fp32 (fp64 for fp64 weights). The number of updates is the number of steps, so a resumed
+    run needs no counter of its own.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -30,7 +31,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, n: int, keep: Tensor | None = None) -> None:
-        """Update number n (from 0). keep: scalar tensor, 1 to leave the average as it is (a step that did not happen), else 0."""
+        """Update number n (from 0). keep: scalar tensor, 1 to leave the average as it is (a step that did not
+        happen), else 0.
+        """
         averages = list(self.module.parameters())
         live = [p.to(a.dtype) for p, a in zip(model.parameters(), averages, strict=True)]
         weight = 1.0 - self.decay_at(n)

@@ -11,9 +11,10 @@ from torch import nn
 
 from sdpnet import checkpoint, create_model
 from sdpnet.augment import normalize
-from sdpnet.config import Config, ConfigError, read_file, resolve
+from sdpnet.config import Config, ConfigError
 from sdpnet.data import DataError, Digits, ImageFolder, evaluation_batches
 from sdpnet.loss import classification_loss
+from sdpnet.settings import read_file, resolve
 
 
 def open_data(config: Config, held_out: bool) -> Digits | ImageFolder:
@@ -25,7 +26,9 @@ def open_data(config: Config, held_out: bool) -> Digits | ImageFolder:
 
 
 def build_model(config: Config, dataset: Digits | ImageFolder) -> nn.Module:
-    """The model of a configuration, with as many classes and channels as the data set has (unless the configuration says otherwise)."""
+    """The model of a configuration, with as many classes and channels as the data set has (unless the configuration
+    says otherwise).
+    """
     fitting = {"num_classes": dataset.classes, "in_channels": dataset.channels, "image_size": dataset.image_size}
     options = {**fitting, **(config.model.model_extra or {})}
     return create_model(config.model.name, fused=config.run.fused, **options)
@@ -40,8 +43,13 @@ def pick_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Digits | ImageFolder, *, batch_size: int, device: torch.device, bf16: bool = False) -> dict[str, float]:
-    """{"loss", "top1", "top5" (percent), "samples"}: every sample once, sums weighted by samples. Leaves the model's mode as it was."""
+def evaluate(
+    model: nn.Module, dataset: Digits | ImageFolder, *, batch_size: int, device: torch.device, bf16: bool = False
+) -> dict[str, float]:
+    """{"loss", "top1", "top5" (percent), "samples"}: every sample once, sums weighted by samples.
+
+    Leaves the model's mode as it was.
+    """
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -64,13 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdpnet.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder written by sdpnet.train")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", help="the averaged weights (default: those the run's configuration reports)")
+    which.add_argument(
+        "--ema", action="store_true", help="the averaged weights (default: those the run's configuration reports)"
+    )
     which.add_argument("--live", action="store_true", help="the weights of the last step")
-    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=None, help="kernels to use (default: as in training)")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=None, help="kernels to use (default: as in training)"
+    )
     options = parser.parse_args(arguments)
     try:
         stored = read_file(options.run / "config.yaml")
-        layers = [("run", stored)] + ([("command line", {"run.fused": options.fused})] if options.fused is not None else [])
+        layers = [("run", stored)] + (
+            [("command line", {"run.fused": options.fused})] if options.fused is not None else []
+        )
         config = resolve(*layers).config
         averaged = options.ema or (config.ema.report and not options.live)
         device, dataset = pick_device(config.run.device), open_data(config, held_out=True)
@@ -86,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         model.to(device), dataset, batch_size=config.data.eval_batch, device=device, bf16=config.run.precision == "bf16"
     )
     print(
-        f"{path}: {result['samples']:,} samples, loss {result['loss']:.4f}, top-5 {result['top5']:.2f}%, top-1 {result['top1']:.2f}%"
+        f"{path}: {result['samples']:,} samples, loss {result['loss']:.4f}, "
+        f"top-5 {result['top5']:.2f}%, top-1 {result['top1']:.2f}%"
     )
     return 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 def soft_targets(targets: Tensor, classes: int, smoothing: float) -> Tensor:
     """(1 − s)·t + s/K, float (B, K). targets: int64 (B,) class indices, or (B, K) probabilities."""
     if targets.ndim == 1:
-        # F.one_hot looks at the values (a synchronisation with the device, impossible on meta tensors); a comparison does not
+        # F.one_hot looks at the values: a wait for the device, impossible on meta tensors. A comparison does not.
         targets = (targets[:, None] == torch.arange(classes, device=targets.device)).to(torch.float32)
     return targets * (1.0 - smoothing) + smoothing / classes
 
@@ -20,15 +20,16 @@ def classification_loss(
 ) -> Tensor:
     """Mean over the samples, a scalar in fp32 (fp64 for fp64 logits).
 
-    logits (B, K); targets int64 (B,) or soft (B, K). kind "ce": −Σ t·log softmax(z). kind "bce": every class is a yes/no question,
-    Σ −t·log σ(z) − (1 − t)·log(1 − σ(z)), summed (class_reduction "sum": gradients as large as CE's) or averaged ("mean") over
-    the classes. Raises ValueError for an unknown kind or shapes that do not fit.
+    logits (B, K); targets int64 (B,) or soft (B, K). kind "ce": −Σ t·log softmax(z). kind "bce": every class is a
+    yes/no question, Σ −t·log σ(z) − (1 − t)·log(1 − σ(z)), summed (class_reduction "sum": gradients as large as CE's)
+    or averaged ("mean") over the classes. Raises ValueError for an unknown kind or shapes that do not fit.
     """
     if kind not in ("ce", "bce"):
         raise ValueError(f"kind: got {kind!r}, wanted 'ce' or 'bce'")
     if class_reduction not in ("sum", "mean"):
         raise ValueError(f"class_reduction: got {class_reduction!r}, wanted 'sum' or 'mean'")
-    if logits.ndim != 2 or targets.shape[0] != logits.shape[0] or targets.ndim == 2 and targets.shape != logits.shape:
+    fits = targets.shape == logits.shape if targets.ndim == 2 else targets.shape == logits.shape[:1]
+    if logits.ndim != 2 or not fits:
         raise ValueError(
             f"targets: got shape {tuple(targets.shape)} for logits of {tuple(logits.shape)}, wanted (B,) or (B, K)"
         )

@@ -37,7 +37,9 @@ def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 def plot_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     """Loss, top-1 and learning rate over the epochs, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: half a second that a run's start need not wait for
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # late: half a second that a run's start need not wait for
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] + 1 for row in rows]
@@ -50,7 +52,9 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     )
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
         for label, column in lines.items():
-            axes.plot(epochs, [row[column] for row in rows], label=label or None, marker="." if len(rows) < 20 else None)
+            axes.plot(
+                epochs, [row[column] for row in rows], label=label or None, marker="." if len(rows) < 20 else None
+            )
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if len(lines) > 1:
@@ -65,7 +69,13 @@ class Meter:
 
     def __init__(self, total_steps: int, done_steps: int, seconds_before: float) -> None:
         self.bar = tqdm(
-            total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, leave=False, disable=None, file=sys.stderr
+            total=total_steps,
+            initial=done_steps,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=None,
+            file=sys.stderr,
         )
         self.start = time.perf_counter()
         self.seconds_before = seconds_before
@@ -92,7 +102,8 @@ class Meter:
         done = step - self.first_step
         left = (time.perf_counter() - self.start) / done * (self.total - step) if done else 0.0
         self.say(
-            f"epoch {row['epoch'] + 1:>{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  held out {row['val_loss']:.4f}  "
+            f"epoch {row['epoch'] + 1:>{len(str(epochs))}}/{epochs}  "
+            f"loss {row['train_loss']:.4f}  held out {row['val_loss']:.4f}  "
             f"top-1 {row['top1']:.2f} %  ema {row['ema_top1']:.2f} %  lr {row['lr']:.2e}  "
             f"{row['images_per_second']:,.0f} img/s  {duration(left)} left"
         )

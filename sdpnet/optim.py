@@ -18,8 +18,8 @@ def learning_rate(
 ) -> float:
     """The rate of step 0, 1, 2 …: linear warm-up, then cosine annealing with warm restarts (Loshchilov, Hutter 2017).
 
-    Warm-up: peak · (step + 1) / (warmup_steps + 1), so that no step is wasted at 0 and the first cosine step is at the peak.
-    Then cycle i has cycle_steps · cycle_growthⁱ steps (rounded), and at place t of its T steps
+    Warm-up: peak · (step + 1) / (warmup_steps + 1), so that no step is wasted at 0 and the first cosine step is at
+    the peak. Then cycle i has cycle_steps · cycle_growthⁱ steps (rounded), and at place t of its T steps
     floor + (peak − floor) · (1 + cos(π·t/T)) / 2. A pure function: to resume is to ask for another step.
     """
     if step < warmup_steps:

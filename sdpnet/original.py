@@ -40,7 +40,10 @@ def config_from_original(
     """
     checks.known_keys("option of the original", options, DEFAULTS)
     o = {**DEFAULTS, **options}
-    sizes = checks.pair("max_image_size", list(o["max_image_size"]), 1)
+    for name in ("max_image_size", "stochastic_depth_p"):
+        if not isinstance(o[name], list | tuple) or len(o[name]) != 2:
+            raise ValueError(f"{name} must be a list of two numbers, got {o[name]!r}")
+    sizes = checks.pair("max_image_size", o["max_image_size"], 1)
     neighbourhood = checks.flag("conv_embedding", o["conv_embedding"])
     table = sizes if neighbourhood else sizes[::-1]
     grid = table if grid is None else checks.pair("grid", grid, 1)

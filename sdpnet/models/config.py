@@ -76,7 +76,8 @@ class SdPNetConfig:
     token_eps: float = 1e-5
     """eps of the other LayerNorms."""
     residual_dtype: str | None = None
-    """None: the token buffer is in the autocast dtype (without autocast, in the parameters'). "float32" keeps it fp32."""
+    """Of the token buffer under autocast: None = the autocast dtype, "float32" keeps it fp32 (without autocast it is the
+    parameters' dtype)."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: only here
@@ -145,8 +146,8 @@ class SdPNetConfig:
         first, last = self.drop_path
         if self.blocks == 1:
             return (last,)
-        steps = self.blocks - 1  # this form gives both ends exactly
-        return tuple((first * (steps - i) + last * i) / steps for i in range(self.blocks))
+        steps = self.blocks - 1
+        return (*(first + (last - first) * i / steps for i in range(steps)), last)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (pairs as lists), as JSON and YAML hold them."""

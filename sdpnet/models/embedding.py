@@ -83,11 +83,11 @@ class Embedding(Part):
         return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def token_dtype(self, device: str) -> torch.dtype:
-        """The parameters' dtype, under autocast autocast's; at least fp32 with ``residual_dtype="float32"``."""
-        dtype = self.patch.weight.dtype
-        if self.residual_dtype == "float32":
-            return torch.promote_types(dtype, torch.float32)
-        return autocast_dtype(device) or dtype
+        """The parameters' dtype; under autocast (which leaves fp64 alone) its dtype, or fp32 with ``residual_dtype``."""
+        autocast = autocast_dtype(device)
+        if autocast is None or self.patch.weight.dtype == torch.float64:
+            return self.patch.weight.dtype
+        return torch.float32 if self.residual_dtype == "float32" else autocast
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         (h, w), (p, q) = grid, self.patch_size

@@ -1,0 +1,30 @@
+// The SIMD level an operator's kernels are compiled for, and the one this machine runs.
+//
+// Every csrc/cpu/<op>.cpp is compiled once per level (SDP_LEVEL = 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL)
+// and defines its table of functions in that level's namespace; its level-0 object also holds the host side.
+#pragma once
+
+#if SDP_LEVEL == 2
+#define SDP_LEVEL_NAMESPACE level2
+#elif SDP_LEVEL == 1
+#define SDP_LEVEL_NAMESPACE level1
+#else
+#define SDP_LEVEL_NAMESPACE level0
+#endif
+
+// Declares TABLE of TYPE in every level that is built; SDP_ACTIVE_TABLE(TABLE) is the one to call.
+#if SDP_LEVELS == 3
+#define SDP_DECLARE_TABLE(TYPE, TABLE)               \
+  namespace level0 { extern const TYPE TABLE; }      \
+  namespace level1 { extern const TYPE TABLE; }      \
+  namespace level2 { extern const TYPE TABLE; }
+#define SDP_ACTIVE_TABLE(TABLE) \
+  (::sdp::active_level() == 2 ? level2::TABLE : ::sdp::active_level() == 1 ? level1::TABLE : level0::TABLE)
+#else
+#define SDP_DECLARE_TABLE(TYPE, TABLE) namespace level0 { extern const TYPE TABLE; }
+#define SDP_ACTIVE_TABLE(TABLE) level0::TABLE
+#endif
+
+namespace sdp {
+int active_level();  // library.cpp: the highest level the processor has, or SDP_KERNELS_CPU_LEVEL if lower
+}

@@ -1,0 +1,142 @@
+// SIMD vectors of the level being compiled, and loads and stores of fp64, fp32, bf16 and fp16 that widen and round.
+//
+// Level code sees no torch and no standard-library template: an inline function shared between levels could be kept by
+// the linker in its AVX-512 form and run on a machine without it. Everything here has internal linkage.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>  // integer_sequence, a type only
+
+#if SDP_LEVEL > 0
+#include <immintrin.h>
+#endif
+
+namespace sdp {
+
+// 16-bit storage types; the bits are PyTorch's.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// In the order of the function tables below.
+enum Dtype { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
+
+namespace {
+
+constexpr int kVectorBytes = SDP_LEVEL == 2 ? 64 : SDP_LEVEL == 1 ? 32 : 16;
+
+template <class Scalar> struct VectorOf;
+template <> struct VectorOf<float> {
+  static constexpr int lanes = kVectorBytes / 4;
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <> struct VectorOf<double> {
+  static constexpr int lanes = kVectorBytes / 8;
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+using Floats = VectorOf<float>::type;
+using Bits = VectorOf<float>::bits;
+using HalfBits = VectorOf<float>::half_bits;
+
+// Accumulator of a storage type.
+template <class T> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+template <class T> using Vector = typename VectorOf<Accumulator<T>>::type;
+template <class T> constexpr int kLanes = VectorOf<Accumulator<T>>::lanes;
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Floats widen(HalfBits half, BFloat16) { return bit_cast<Floats>(__builtin_convertvector(half, Bits) << 16); }
+
+inline HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN stays NaN
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, HalfBits);
+}
+
+#if SDP_LEVEL == 2
+inline Floats widen(HalfBits half, Float16) { return (Floats)_mm512_cvtph_ps((__m256i)half); }
+inline HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif SDP_LEVEL == 1
+inline Floats widen(HalfBits half, Float16) { return (Floats)_mm256_cvtph_ps((__m128i)half); }
+inline HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// Integer forms after F. Giesen's half/float conversions (public domain), two selects wider for infinity and NaN.
+inline Floats widen(HalfBits half, Float16) {
+  const Bits bits = __builtin_convertvector(half, Bits);
+  const Bits magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  const Bits scaled = bit_cast<Bits>(bit_cast<Floats>(magnitude) * bit_cast<float>(uint32_t((254 - 15) << 23)));
+  const Bits special = magnitude | 0x7f800000u;
+  return bit_cast<Floats>(((bits & 0x7c00u) == 0x7c00u ? special : scaled) | sign);
+}
+inline HalfBits round_to(Floats x, Float16) {
+  const Bits bits = bit_cast<Bits>(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const float smallest = bit_cast<float>(uint32_t(126 << 23));  // 0.5: its last bit is fp16's smallest subnormal
+  const Bits subnormal = bit_cast<Bits>(bit_cast<Floats>(magnitude) + smallest) - bit_cast<uint32_t>(smallest);
+  const Bits normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  Bits rounded = magnitude < 0x38800000u ? subnormal : normal;
+  rounded = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : rounded;
+  rounded = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : rounded;
+  return __builtin_convertvector(rounded | (sign >> 16), HalfBits);
+}
+#endif
+
+template <class V, class T>
+inline V load_bytes(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+inline VectorOf<double>::type load(const double* p) { return load_bytes<VectorOf<double>::type>(p); }
+inline Floats load(const float* p) { return load_bytes<Floats>(p); }
+template <class T>
+inline Floats load(const T* p) { return widen(load_bytes<HalfBits>(p), T()); }
+
+inline void store(double* p, VectorOf<double>::type v) { memcpy(p, &v, sizeof(v)); }
+inline void store(float* p, Floats v) { memcpy(p, &v, sizeof(v)); }
+template <class T>
+inline void store(T* p, Floats v) {
+  const HalfBits half = round_to(v, T());
+  memcpy(p, &half, sizeof(half));
+}
+
+// The first `count` lanes, `stride` elements apart; the other lanes are 0. Stride 0 repeats one element.
+template <class T>
+inline Vector<T> load_part(const T* p, int count, int64_t stride = 1) {
+  T lanes[kLanes<T>] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i * stride];
+  return load(lanes);
+}
+template <class T>
+inline void store_part(T* p, Vector<T> v, int count, int64_t stride = 1) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
+}
+
+// Lanes added in a fixed tree order.
+template <int Step, class V, int... I>
+inline V rotated(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + Step) % int(sizeof...(I)))...);
+}
+template <class V, int Step = int(sizeof(V) / sizeof(V{}[0])) / 2>
+inline auto horizontal_sum(V v) {
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+    return horizontal_sum<V, Step / 2>(v + rotated<Step>(v, std::make_integer_sequence<int, lanes>()));
+  }
+}
+
+}  // namespace
+}  // namespace sdp

@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _libraries  # noqa: F401  loads the compiled kernels
 from .backends import UnsupportedError, use_backend
+from .modules import ConvMLP, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
 from .ops.activation import ACTIVATIONS, activation
 from .ops.conv_mlp import ConvMLPWeights, conv_mlp
 from .ops.depthwise_conv2d import Norm, depthwise_conv2d
@@ -11,8 +13,6 @@ from .ops.kelu import kelu
 from .ops.layer_norm_2d import layer_norm_2d
 from .ops.linear import linear
 from .ops.register_attention import ATTEND, register_attention
-from ._libraries import LIBRARIES as _libraries  # noqa: F401, I001  after the operators: it checks their schemas
-from .modules import ConvMLP, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
 
 try:
     __version__ = version("sdp-kernels")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import ops  # noqa: F401  all schemas must be defined before a library is compared with them
 from .backends import BACKENDS
 from .ops._contract import OPERATORS, current_schema_hash
 

@@ -20,7 +20,8 @@ def read_schemas(ops_dir: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(Path(ops_dir).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body:
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "SCHEMAS" for t in node.targets):
+            names = [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+            if "SCHEMAS" in names:
                 schemas = ast.literal_eval(node.value)
                 if twice := found.keys() & schemas.keys():
                     raise ValueError(f"{path.name} defines schemas that another file defines too: {sorted(twice)}")

@@ -43,7 +43,7 @@ class Backend:
             return [self.absent]
         reasons = []
         if operator not in self.operators:
-            reasons.append(f"has no {operator} kernel")
+            reasons.append("has no kernel for it")
         if device_type not in self.device_types:
             reasons.append(f"runs on {'/'.join(sorted(self.device_types))}, not on {device_type}")
         if dtype not in self.dtypes:
@@ -69,7 +69,9 @@ def _checked(name: str | None, where: str) -> str | None:
     return name
 
 
-_forced: str | None = _checked(os.environ.get("SDP_KERNELS_BACKEND") or None, "environment variable SDP_KERNELS_BACKEND")
+_forced: str | None = _checked(
+    os.environ.get("SDP_KERNELS_BACKEND") or None, "environment variable SDP_KERNELS_BACKEND"
+)
 _reported: set[str] = set()
 
 

@@ -10,8 +10,10 @@
 
 #ifdef __CUDACC__
 #define SDP_HOST_DEVICE __host__ __device__ __forceinline__
+#define SDP_UNROLL _Pragma("unroll")
 #else
 #define SDP_HOST_DEVICE inline __attribute__((always_inline))
+#define SDP_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace sdp {
@@ -20,8 +22,7 @@ namespace {  // internal linkage: each SIMD level compiles its own copy
 template <class Scalar, int Count, class V>
 SDP_HOST_DEVICE V horner(const Scalar (&coefficients)[Count], V t) {
   V sum = t * coefficients[Count - 1] + coefficients[Count - 2];
-#pragma GCC unroll 16
-  for (int i = Count - 3; i >= 0; --i) sum = sum * t + coefficients[i];
+  SDP_UNROLL for (int i = Count - 3; i >= 0; --i) sum = sum * t + coefficients[i];
   return sum;
 }
 

@@ -1,1 +1,17 @@
-"""The operators: schema, fakes, checks, choice of backend, autograd and the public function of each, one file each."""
+"""The operators: schema, fakes, checks, choice of backend, autograd and the public function of each, one file each.
+
+Importing the package defines all of them, which the libraries' schema hash is compared with.
+"""
+
+from . import activation, conv_mlp, depthwise_conv2d, dropout, kelu, layer_norm_2d, linear, register_attention
+
+__all__ = [
+    "activation",
+    "conv_mlp",
+    "depthwise_conv2d",
+    "dropout",
+    "kelu",
+    "layer_norm_2d",
+    "linear",
+    "register_attention",
+]

@@ -94,7 +94,7 @@ def check_grid(grid: object, registers: int, x: Tensor) -> None:
         raise ValueError(f"grid must be (H, W) for a token buffer (B, T, C), got {grid!r}")
     if grid[0] < 1 or grid[1] < 1 or registers + grid[0] * grid[1] != x.shape[1]:
         raise ValueError(
-            f"grid must be (H, W) with registers + H·W = T = {x.shape[1]}, got {tuple(grid)} and registers = {registers}"
+            f"grid must be (H, W) with registers + H·W = T = {x.shape[1]}, got {tuple(grid)} with {registers} registers"
         )
 
 

@@ -7,9 +7,7 @@ from ..reference import philox
 from ._checks import check_floating, check_layer, check_rate, check_rng
 
 
-def make_rng(
-    seed: int, step: int = 0, first_sample: int = 0, device: torch.device | str | None = None
-) -> Tensor:
+def make_rng(seed: int, step: int = 0, first_sample: int = 0, device: torch.device | str | None = None) -> Tensor:
     """int64 tensor (seed, step, first_sample) that operators draw their masks from.
 
     Seed and step live on the device, so a training step neither recompiles nor freezes them in a captured graph: write

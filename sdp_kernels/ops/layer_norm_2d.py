@@ -59,9 +59,7 @@ class _LayerNorm2d(torch.autograd.Function):
         if differentiating_twice():
             gradients = reference.layer_norm_2d.layer_norm_2d_bwd(grad, x, weight, ctx.eps, ctx.registers)
         else:
-            gradients = launch(
-                ctx.backend, "layer_norm_2d_bwd", grad, None, x, weight, mean, rstd, ctx.registers
-            )
+            gradients = launch(ctx.backend, "layer_norm_2d_bwd", grad, None, x, weight, mean, rstd, ctx.registers)
         return *gradients, None, None, None
 
 

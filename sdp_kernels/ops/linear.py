@@ -83,6 +83,4 @@ def linear(
         check_rank("x", x, tuple(range(2, 9)), "(B, …, in) when something is dropped")
     check_rng(rng, max(dropout, drop_path), x)
     form = composed if choose("linear", x, backend) == "composed" else reference.linear
-    return form.linear(
-        x, weight, bias, activation, layer_scale, residual, registers, dropout, drop_path, rng, layer
-    )
+    return form.linear(x, weight, bias, activation, layer_scale, residual, registers, dropout, drop_path, rng, layer)

@@ -33,7 +33,5 @@ def layer_norm_2d_bwd(
     rstd = torch.rsqrt(centred.square().mean(channels, keepdim=True) + eps)
     unit = centred * rstd
     scaled = dy * weight.to(wide.dtype).view(shape)
-    dx = rstd * (
-        scaled - scaled.mean(channels, keepdim=True) - unit * (scaled * unit).mean(channels, keepdim=True)
-    )
+    dx = rstd * (scaled - scaled.mean(channels, keepdim=True) - unit * (scaled * unit).mean(channels, keepdim=True))
     return dx.to(x.dtype), (dy * unit).sum(others).to(weight.dtype), dy.sum(others).to(weight.dtype)

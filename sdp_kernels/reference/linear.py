@@ -49,6 +49,6 @@ def linear(
     layer: int = 0,
     branch: int = 0,
 ) -> Tensor:
-    """``residual + mask · γ · dropout(act(x Wᵀ + b))``; ``branch`` numbers the drop-path masks drawn with one ``layer``."""
+    """``residual + mask · γ · dropout(act(x Wᵀ + b))``; ``branch`` numbers the drop-path masks of a layer."""
     y = FUNCTIONS[activation](F.linear(x, weight, bias))
     return finish(y, layer_scale, residual, registers, dropout_rate, drop_path, rng, layer, branch)

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .philox import ATTENTION, dropout as philox_dropout
+from .philox import ATTENTION
+from .philox import dropout as philox_dropout
 from .precision import widen
 
 ATTEND = ("all", "image_to_image", "registers_to_registers", "separate")
-"""Which tokens a query may read. ``all``: every token. ``image_to_image``: image tokens read image tokens only, registers
-read all. ``registers_to_registers``: registers read registers only, image tokens read all. ``separate``: both limits."""
+"""Which tokens a query may read. ``all``: every token. ``image_to_image``: image tokens read image tokens only,
+registers read all. ``registers_to_registers``: registers read registers only, image tokens read all. ``separate``: both
+limits."""
 
 
 def attention_mask(attend: str, tokens: int, registers: int, device: torch.device) -> Tensor | None:

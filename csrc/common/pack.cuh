@@ -1,0 +1,36 @@
+// Packs of neighbouring elements that move as one load or store, and the arithmetic type they widen to. No torch.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sdp {
+
+template <class T>
+struct AccumulatorOf { using type = float; };
+template <>
+struct AccumulatorOf<double> { using type = double; };
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class T>
+__host__ __device__ __forceinline__ Accumulator<T> widen(T x) { return static_cast<Accumulator<T>>(x); }
+__host__ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__host__ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <class T>
+__host__ __device__ __forceinline__ T narrow(Accumulator<T> x) { return static_cast<T>(x); }
+template <>
+__host__ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__host__ __device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+
+// 16 bytes: one LDG.128 / STG.128 when the address is aligned to it.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T items[size];
+};
+
+}  // namespace sdp

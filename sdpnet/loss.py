@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_targets(targets: Tensor, classes: int, smoothing: float) -> Tensor:
-    """(1 − s)·t + s/K, float (B, K). targets: int64 (B,) class indices, or (B, K) probabilities."""
+def soft_targets(targets: Tensor, classes: int, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(1 − s)·t + s/K of shape (B, K). targets: int64 (B,) class indices, or (B, K) probabilities."""
     if targets.ndim == 1:
         # F.one_hot looks at the values: a wait for the device, impossible on meta tensors. A comparison does not.
-        targets = (targets[:, None] == torch.arange(classes, device=targets.device)).to(torch.float32)
-    return targets * (1.0 - smoothing) + smoothing / classes
+        targets = (targets[:, None] == torch.arange(classes, device=targets.device))
+    return targets.to(dtype) * (1.0 - smoothing) + smoothing / classes
 
 
 def classification_loss(
@@ -35,7 +35,7 @@ def classification_loss(
         )
     if logits.dtype != torch.float64:
         logits = logits.float()
-    wanted = soft_targets(targets, logits.shape[1], smoothing).to(logits.dtype)
+    wanted = soft_targets(targets, logits.shape[1], smoothing, logits.dtype)
     if kind == "ce":
         return -(wanted * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
     per_class = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")

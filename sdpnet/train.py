@@ -12,7 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def train_step(
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
     for images, targets, rng in micro_batches:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext():
             logits = model(images, rng)
         loss = loss_of(logits, targets) * (len(targets) / samples)
         loss.backward()
@@ -188,7 +188,7 @@ class Trainer:
             if stop := should_stop(progress.step):
                 break
         self.check_finite()
-        progress.loss_sum = float(loss_sum)
+        progress.loss_sum, progress.seconds = float(loss_sum), self.meter.seconds()
         return not stop
 
     def finish_epoch(self) -> None:
@@ -210,7 +210,8 @@ class Trainer:
             "top5": live["top5"],
         }
         row |= {"ema_loss": averaged["loss"], "ema_top1": averaged["top1"], "ema_top5": averaged["top5"]}
-        row |= {"images_per_second": speed, "seconds": self.meter.seconds()}
+        progress.seconds = self.meter.seconds()
+        row |= {"images_per_second": speed, "seconds": progress.seconds}
         progress.rows.append(row)
         progress.best = max(progress.best, self.top1())  # for the record; no weights are chosen by it
         progress.epoch, progress.position, progress.loss_sum, progress.samples = progress.epoch + 1, 0, 0.0, 0
@@ -233,7 +234,6 @@ class Trainer:
             )
 
     def save(self) -> None:
-        self.progress.seconds = self.meter.seconds()
         if self.progress.rows:
             plot_curves(self.folder / "curves.png", self.progress.rows)
         checkpoint.save(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sdpnet.settings import read_overrides, read_preset, resolve
 from sdpnet.train import Trainer
 
@@ -15,14 +16,14 @@ TINY = [
     "model.heads=2",
     "model.blocks=1",
     "model.conv_blocks=1",
-    "model.patch_size=2",
+    "model.patch_size=4",
     "model.dropout=0.2",
     "model.drop_path=0.2",
     "data.batch_size=400",  # 1,437 samples: three whole steps and a short one
     "data.micro_batch=150",
-    "schedule.epochs=3",
+    "schedule.epochs=2",
     "schedule.warmup_epochs=1",
-    "checkpoint.every_epochs=1",
+    "checkpoint.every_epochs=2",
 ]
 
 
@@ -34,7 +35,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """tiny("optim.lr=1", …) → Config of the digits preset, made small, with these settings over it."""
     return lambda *settings: (
@@ -42,7 +43,7 @@ def tiny():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_words():
     """The same as words of a command line."""
     return list(TINY)

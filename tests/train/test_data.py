@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from sdpnet.augment import affine, affine_matrices, augment, normalize
 from sdpnet.data import DataError, Digits, ImageFolder, TrainOrder, evaluation_batches, fold, permutation, uniform
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from sdpnet import create_model
 from sdpnet.optim import FiniteGuard, build_optimizer, learning_rate, parameter_groups, scaled_lr
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _libraries  # noqa: F401  loads the compiled kernels
+from . import _loading  # noqa: F401  finds the kernels that can run here
 from .backends import UnsupportedError, use_backend
 from .modules import ConvMLP, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
 from .ops.activation import ACTIVATIONS, activation

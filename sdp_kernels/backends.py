@@ -19,6 +19,9 @@ log = logging.getLogger("sdp_kernels")
 HALF_AND_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
 FLOATING = HALF_AND_SINGLE | {torch.float64}
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads the variable when a kernel is defined: set it before the import, for the whole process."""
+
 
 class UnsupportedError(RuntimeError):
     """A backend was asked for by name and cannot do the case; the message lists every backend's reasons."""
@@ -56,6 +59,13 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", "sdp_kernels_cpp", frozenset({"cpu"}), FLOATING),
         Backend("cuda", "sdp_kernels_cpp", frozenset({"cuda"}), HALF_AND_SINGLE),
+        # In Triton's interpreter (a test's tool, not a way to train) the kernels run on CPU tensors, fp64 included.
+        Backend(
+            "triton",
+            "sdp_kernels_triton",
+            frozenset({"cpu"}) if INTERPRETING else frozenset({"cuda"}),
+            FLOATING if INTERPRETING else HALF_AND_SINGLE,
+        ),
         Backend("composed", None, frozenset({"cpu", "cuda"}), FLOATING),
         Backend("reference", None, frozenset({"cpu", "cuda", "meta"}), FLOATING),
     )
@@ -112,6 +122,8 @@ def choose(operator: str, x: Tensor, backend: str | None = None) -> str:
             f"backend {requested!r} cannot run {operator} on {device_type} tensors of {dtype}:\n" + "\n".join(lines)
         )
     for name, candidate in BACKENDS.items():
+        if name == "triton" and INTERPRETING:
+            continue  # only when asked for by name
         if not candidate.unsupported_reasons(operator, device_type, dtype):
             if name == "reference":
                 _report_fallback(operator, device_type, dtype)

@@ -10,7 +10,7 @@ import torch
 
 import sdp_kernels
 
-from ._libraries import LIBRARIES
+from ._loading import LIBRARIES
 from .backends import BACKENDS
 from .ops._contract import OPERATORS
 

@@ -1,16 +1,20 @@
-"""Loads the compiled libraries, if they are there, and records why one is not usable. Importing never needs one."""
+"""Loads the compiled libraries and the Triton kernels, if they can be used here, and records why not.
+
+Importing sdp_kernels never needs any of them.
+"""
 
 import importlib
+import importlib.util
 import json
 from dataclasses import dataclass
 
 import torch
 
 from . import ops  # noqa: F401  all schemas must be defined before a library is compared with them
-from .backends import BACKENDS
+from .backends import BACKENDS, INTERPRETING
 from .ops._contract import OPERATORS, current_schema_hash
 
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "triton": "CPU" if INTERPRETING else "CUDA"}
 _MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
 
 
@@ -61,4 +65,19 @@ def load() -> dict[str, CompiledLibrary]:
     return libraries
 
 
+def load_triton() -> None:
+    """Import the Triton kernels, each of which registers itself, or record why they can't run here."""
+    backend = BACKENDS["triton"]
+    if importlib.util.find_spec("triton") is None:
+        backend.absent = "triton is not installed"
+    elif not (INTERPRETING or torch.cuda.is_available()):
+        backend.absent = "no CUDA device is available, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    elif importlib.util.find_spec("sdp_kernels.triton") is None:
+        backend.absent = "this package holds no Triton kernels"
+    else:
+        importlib.import_module("sdp_kernels.triton")
+        backend.operators = {op for op, kernels in OPERATORS.items() if _complete("triton", kernels)}
+
+
 LIBRARIES = load()
+load_triton()

@@ -5,9 +5,9 @@
     python scripts/install_cases.py --list
     python scripts/install_cases.py --cpu-torch "torch==2.13.0" --python python3.12
 
-Prints one row per case (seconds of the install alone, what was built, what was left out); exits with 1 if one failed.
-A case fails when the install fails, when a library that this machine can build is missing or does not load, or when the
-operators do not run afterwards.
+Prints one row per case: seconds and CPU seconds of the install alone, what was built, what was left out. Exits with 1
+if a case failed: the install itself, a library missing or not loading though this machine can build it, or operators
+that do not run afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -75,11 +76,12 @@ print("torch", torch.__version__)
 
 def run(command: list[str], log: Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Run a command, its output appended to ``log`` and returned; RuntimeError with its end if it fails."""
+    start = time.perf_counter()
     result = subprocess.run(
         command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n{result.stdout}\n")
+        file.write(f"$ {shlex.join(command)}  # {time.perf_counter() - start:.1f} s\n{result.stdout}\n")
     if result.returncode != 0:
         tail = "\n".join(result.stdout.splitlines()[-15:])
         raise RuntimeError(f"{shlex.join(command)} exited with {result.returncode}:\n{tail}")
@@ -118,21 +120,27 @@ def environment(case: Case, folder: Path) -> dict[str, str]:
     return env
 
 
-def expected(case: Case) -> dict[str, bool]:
-    """Which extensions this machine can build in a case."""
+def expected(case: Case, sources: Path) -> dict[str, bool]:
+    """Which extensions this machine can build from ``sources`` in a case."""
     usable = {}
     for name in NAMES:
         try:
             toolchain.find_cxx(os.environ)
             if name == "_C_cuda":
                 toolchain.find_nvcc(os.environ)
-            usable[name] = bool(sources_of(ROOT, name))
+            usable[name] = bool(sources_of(sources, name))
         except toolchain.Missing:
             usable[name] = False
     return {name: usable[name] and "c++" not in case.hide and not (name == "_C_cuda" and case.hide) for name in NAMES}
 
 
-def try_case(case: Case, folder: Path, options: argparse.Namespace) -> tuple[float, dict[str, dict], str]:
+def cpu_seconds() -> float:
+    """Processor time of all finished child processes: what an install costs on a machine that has other work too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def try_case(case: Case, folder: Path, options: argparse.Namespace) -> tuple[str, dict[str, dict], str]:
     """Install as the case says; returns the seconds it took, the build's report and what the check printed."""
     log, sources, venv = folder / "log.txt", folder / "sources", folder / "venv"
     copy_sources(sources)
@@ -151,15 +159,15 @@ def try_case(case: Case, folder: Path, options: argparse.Namespace) -> tuple[flo
         command = [*cut_off, *pip, *offline, "-v", "-e", str(sources)]
     else:
         command = [*pip, "-v", "-e", str(sources)]
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     run(command, log, env=env)
-    seconds = time.perf_counter() - start
+    seconds = f"{time.perf_counter() - start:.0f} | {cpu_seconds() - cpu_start:.0f}"
 
     report_path = sources / "sdp_kernels" / REPORT_NAME
     report = json.loads(report_path.read_text(encoding="utf-8"))
     built = {name: entry["built"] for name, entry in report.items()}
-    if built != expected(case):
-        raise RuntimeError(f"built {built}, expected {expected(case)}; reasons: {reasons(report)}")
+    if built != expected(case, sources):
+        raise RuntimeError(f"built {built}, expected {expected(case, sources)}; reasons: {reasons(report)}")
     text = run([python, "-c", CHECK, str(report_path)], log, env=env, cwd=folder).strip().splitlines()[-1]
     run([python, "-m", "sdp_kernels.info"], log, env=env, cwd=folder)
     return seconds, report, text
@@ -203,16 +211,17 @@ def main() -> int:
         try:
             seconds, report, text = try_case(case, folder, options)
             built = ", ".join(name for name, entry in report.items() if entry["built"]) or "nothing"
-            rows.append(f"| {case.name} | {seconds:.0f} | {built} | {reasons(report)} | {text}, imports, runs | ok |")
+            rows.append(f"| {case.name} | {seconds} | {built} | {reasons(report)} | {text}, imports, runs | ok |")
         except RuntimeError as error:
             failed.append(case.name)
-            rows.append(f"| {case.name} | - | - | - | {str(error).splitlines()[0]} | FAILED |")
+            rows.append(f"| {case.name} | - | - | - | - | {str(error).splitlines()[0]} | FAILED |")
             print(f"{case.name}: {error}", file=sys.stderr)
         finally:
             if not options.keep:
                 shutil.rmtree(folder, ignore_errors=True)
         print(rows[-1], flush=True)
-    print("\n| case | seconds | built | left out | check | result |\n| --- | --- | --- | --- | --- | --- |")
+    print("\n| case | seconds | CPU s | built | left out | check | result |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
     return 1 if failed else 0
 

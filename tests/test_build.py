@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sdp_build import backend, toolchain
+from sdp_build import backend, toolchain, torch_headers
 from sdp_build.execute import first_error
 from sdp_build.extensions import DemandedBuildError, build_extensions, library_name, schema_hash, summary
 from sdp_build.plan import plan_extension, sources_of
 from sdp_build.settings import SettingError, Settings, gencode_flags, parse_arch_list
-from sdp_build.toolchain import Missing, Tool, TorchHeaders
+from sdp_build.toolchain import Missing, Tool
+from sdp_build.torch_headers import TorchHeaders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NO_TOOL = "/nonexistent/compiler"
@@ -173,18 +174,18 @@ def make_torch(directory: Path, version: str) -> Path:
 def test_torch_headers_are_the_first_that_are_new_enough(tmp_path):
     old, new = make_torch(tmp_path / "old", "2.9.1+cu128"), make_torch(tmp_path / "new", "2.11.0+cpu")
     newer = make_torch(tmp_path / "newer", "3.0.0")
-    found = toolchain.find_torch_headers([tmp_path / "none", old, new, newer])
+    found = torch_headers.find_torch_headers([tmp_path / "none", old, new, newer])
     assert found == TorchHeaders(new / "torch/include", "2.11.0+cpu")
     with pytest.raises(Missing, match=r"2\.9\.1"):
-        toolchain.find_torch_headers([old])
+        torch_headers.find_torch_headers([old])
     with pytest.raises(Missing, match="no torch headers"):
-        toolchain.find_torch_headers([tmp_path / "none"])
+        torch_headers.find_torch_headers([tmp_path / "none"])
 
 
 def test_the_target_environment_is_searched_before_the_builds_own_path():
     import sysconfig
 
-    found = toolchain.site_directories()
+    found = torch_headers.site_directories()
     assert found[0] == Path(sysconfig.get_path("purelib"))
     assert {Path(path) for path in sys.path if path} <= set(found)
 
@@ -193,16 +194,19 @@ def test_the_target_environment_is_searched_before_the_builds_own_path():
 
 
 @pytest.mark.parametrize(
-    ("env", "compiler", "headers", "expected"),
+    ("env", "compiler", "headers", "fetched", "expected"),
     [
-        ({}, True, False, ["torch>=2.11"]),
-        ({}, True, True, []),
-        ({}, False, False, []),
-        ({"SDP_BUILD_CPU": "0"}, True, False, ["torch>=2.11"]),
-        ({"SDP_BUILD_CPU": "0", "SDP_BUILD_CUDA": "0"}, True, False, []),
+        ({}, True, True, None, []),
+        ({}, True, False, True, []),
+        ({}, True, False, False, ["torch>=2.11"]),
+        ({}, False, False, None, []),
+        ({"SDP_BUILD_CPU": "0"}, True, False, False, ["torch>=2.11"]),
+        ({"SDP_BUILD_CPU": "0", "SDP_BUILD_CUDA": "0"}, True, False, None, []),
     ],
 )
-def test_torch_is_required_only_where_its_headers_are_needed_and_missing(monkeypatch, env, compiler, headers, expected):
+def test_torch_is_required_only_where_its_headers_are_needed_and_not_to_be_had(
+    monkeypatch, env, compiler, headers, fetched, expected
+):
     def found(there: bool):
         def find(*args):
             if not there:
@@ -210,9 +214,56 @@ def test_torch_is_required_only_where_its_headers_are_needed_and_missing(monkeyp
 
         return find
 
+    fetches = []
     monkeypatch.setattr(toolchain, "find_cxx", found(compiler))
-    monkeypatch.setattr(toolchain, "find_torch_headers", found(headers))
+    monkeypatch.setattr(torch_headers, "find_torch_headers", found(headers))
+    monkeypatch.setattr(torch_headers, "fetch_torch_headers", lambda root: fetches.append(root) or fetched)
     assert backend.torch_requirement(env) == expected
+    assert len(fetches) == (fetched is not None)  # nothing is downloaded that is not needed
+
+
+def make_wheel(folder: Path, version: str) -> None:
+    files = make_torch(folder.parent / f"unpacked-{version}", version)
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        for path in [path for path in files.rglob("*") if path.is_file()]:
+            wheel.write(path, path.relative_to(files))
+        wheel.writestr("torch/lib/libtorch_cpu.so", "large")
+        wheel.writestr(
+            f"torch-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"torch-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+
+
+def use_only(index: Path, monkeypatch) -> None:
+    """Make ``index`` all that pip knows, as a configuration file would."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+
+
+def test_headers_are_taken_out_of_the_wheel_that_pip_fetches(tmp_path, monkeypatch):
+    make_wheel(tmp_path / "index", "2.11.1")
+    use_only(tmp_path / "index", monkeypatch)
+    assert torch_headers.fetch_torch_headers(tmp_path)
+    kept = torch_headers.fetched_directory(tmp_path)
+    assert torch_headers.find_torch_headers(torch_headers.search_path(tmp_path)) == TorchHeaders(
+        kept / "torch/include", "2.11.1"
+    )
+    assert not (kept / "torch/lib").exists()
+    assert [path.name for path in kept.parent.iterdir()] == ["torch_headers"]  # and no wheel is left behind
+
+
+def test_where_pip_fetches_nothing_the_headers_are_not_there(tmp_path, monkeypatch, capsys):
+    make_wheel(tmp_path / "index", "2.10.0")  # too old
+    use_only(tmp_path / "index", monkeypatch)
+    assert not torch_headers.fetch_torch_headers(tmp_path)
+    assert not torch_headers.fetched_directory(tmp_path).exists()
+    assert "asking for torch itself" in capsys.readouterr().out
 
 
 def test_the_requirement_is_checked_against_the_same_variables():

@@ -1,8 +1,9 @@
 """PEP 517 hooks: setuptools' own, plus torch as a build requirement in the one case that needs it.
 
-Asking for torch always would put gigabytes into pip's isolated build environment on every install, also where
-torch is installed already or no compiler runs. So it is asked for only if an extension is wanted, a C++ compiler really
-runs, and no usable torch headers are visible in the environment that is being installed into.
+Asking for torch always would put gigabytes into pip's isolated build environment on every install, also where torch
+is installed already or no compiler runs. So nothing is asked for unless an extension is wanted, a C++ compiler really
+runs, and no usable torch headers are visible in the environment that is being installed into. Even then headers are
+all that is needed: they are taken out of torch's wheel where pip can fetch it, and only otherwise torch is required.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import (
@@ -21,8 +23,10 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 
-from . import toolchain
+from . import toolchain, torch_headers
 from .settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 __all__ = [
     "build_editable",
@@ -36,8 +40,8 @@ __all__ = [
 ]
 
 
-def torch_requirement(env: Mapping[str, str] | None = None) -> list[str]:
-    """``["torch>=2.11"]`` if an extension is wanted, a compiler runs and no torch headers are visible, else ``[]``."""
+def torch_requirement(env: Mapping[str, str] | None = None, root: Path = ROOT) -> list[str]:
+    """``["torch>=2.11"]`` if an extension is wanted, a compiler runs and no headers are to be had, else ``[]``."""
     env = os.environ if env is None else env
     settings = Settings.from_env(env)
     if settings.cpu == settings.cuda == "0" or not sys.platform.startswith("linux"):
@@ -47,9 +51,9 @@ def torch_requirement(env: Mapping[str, str] | None = None) -> list[str]:
     except toolchain.Missing:
         return []
     try:
-        toolchain.find_torch_headers()
+        torch_headers.find_torch_headers(torch_headers.search_path(root))
     except toolchain.Missing:
-        return [f"torch>={'.'.join(map(str, toolchain.MIN_TORCH))}"]
+        return [] if torch_headers.fetch_torch_headers(root) else [torch_headers.REQUIREMENT]
     return []
 
 

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import toolchain
+from . import toolchain, torch_headers
 from .execute import BuildFailed, execute
 from .plan import Plan, plan_extension, sources_of
 from .settings import SettingError, Settings, gencode_flags
@@ -84,7 +84,7 @@ def _build(name: str, root: Path, target: Path, wish: str, settings: Settings, e
         root / "build" / "sdp" / name,
         cxx=toolchain.find_cxx(env),
         nvcc=nvcc,
-        torch=toolchain.find_torch_headers(),
+        torch=torch_headers.find_torch_headers(torch_headers.search_path(root)),
         python_include=toolchain.find_python_headers(),
         arch_list=_arch_list(settings, nvcc) if nvcc is not None else (),
         schema_hash=schema_hash(root),

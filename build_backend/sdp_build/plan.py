@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .settings import gencode_flags
-from .toolchain import Tool, TorchHeaders
+from .toolchain import Tool
+from .torch_headers import TorchHeaders
 
 # The oldest torch (2.11) and the oldest Python (3.11) that the libraries run with; newer names are then not declared.
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030B0000"]

@@ -1,4 +1,4 @@
-"""What this machine has: a C++ compiler, nvcc, ninja, Python's and torch's headers. Everything is tried by running it.
+"""What this machine has: a C++ compiler, nvcc, ninja, Python's headers, GPUs. Everything is tried by running it.
 
 A finder returns what it found, or raises ``Missing`` with the sentence that the user will read.
 """
@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-MIN_TORCH = (2, 11)
 DEFAULT_ARCH_LIST = ("9.0",)
 
 
@@ -32,14 +30,6 @@ class Tool:
     """A program that was run with success: its command line's first words and the line that names its version."""
 
     command: tuple[str, ...]
-    version: str
-
-
-@dataclass(frozen=True)
-class TorchHeaders:
-    """A directory with torch's headers and the version of the torch it belongs to."""
-
-    include: Path
     version: str
 
 
@@ -122,46 +112,6 @@ def find_python_headers() -> Path:
     if not (include / "Python.h").is_file():
         raise Missing(f"Python.h is not in {include} (on Debian or Ubuntu: apt install python3-dev)")
     return include
-
-
-def site_directories() -> list[Path]:
-    """Where packages of the target environment live, also from inside pip's build isolation, then the build's own path.
-
-    Under isolation pip hides the environment from ``sys.path``, but ``sysconfig`` still names it.
-    """
-    schemes = [sysconfig.get_default_scheme(), "deb_system", "posix_prefix"]
-    found = [
-        sysconfig.get_path(key, scheme)
-        for scheme in schemes
-        if scheme in sysconfig.get_scheme_names()
-        for key in ("purelib", "platlib")
-    ]
-    if site.ENABLE_USER_SITE:
-        found.append(site.getusersitepackages())
-    return list(dict.fromkeys(Path(path) for path in [*found, *sys.path] if path))
-
-
-def find_torch_headers(directories: Iterable[Path] | None = None) -> TorchHeaders:
-    """Headers of an installed torch >= 2.11: the target environment's if it has them, else the build's own torch's."""
-    too_old = []
-    for directory in site_directories() if directories is None else directories:
-        torch = Path(directory, "torch")
-        try:
-            text = (torch / "version.py").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        version = re.search(r"__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)['\"]", text)
-        if version is None or not (torch / "include/torch/csrc/stable/library.h").is_file():
-            continue
-        if (int(version[2]), int(version[3])) >= MIN_TORCH:
-            return TorchHeaders(torch / "include", version[1])
-        too_old.append(version[1])
-    wanted = ".".join(map(str, MIN_TORCH))
-    if too_old:
-        raise Missing(f"the torch found is {too_old[0]}, older than {wanted}, so its headers cannot be used")
-    raise Missing(
-        f"no torch headers are visible (torch >= {wanted} has to be installed before the extensions are built)"
-    )
 
 
 def present_gpus() -> tuple[str, ...]:

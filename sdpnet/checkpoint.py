@@ -144,7 +144,8 @@ def save(
 # ---------------------------------------------------------------------------------------------------- read
 def list_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    found = {path: path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")}
+    return sorted((path for path, number in found.items() if number.isdecimal()), key=lambda path: int(found[path]))
 
 
 def newest(run: Path) -> Path:
@@ -198,13 +199,14 @@ def check_fits(module: nn.Module, content: Mapping[str, Tensor], path: Path) -> 
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, path: Path) -> dict[int, Any]:
+    """AdamW's state by index; a parameter that never had a gradient has none."""
     names = [name for group in optimizer.param_groups for name in group["names"]]
-    if not tensors:  # saved before the first step
-        return {}
-    try:
-        return {
-            i: {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for i, name in enumerate(names)
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{path} does not fit the model: {error} missing") from error
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    state = {
+        i: {kind: tensors[f"{kind}.{name}"] for kind in kinds}
+        for i, name in enumerate(names)
+        if all(f"{kind}.{name}" in tensors for kind in kinds)
+    }
+    if len(tensors) != len(kinds) * len(state):
+        raise CheckpointError(f"{path} does not fit the model: it has moments of other parameters")
+    return state

@@ -11,6 +11,7 @@ from sdpnet import checkpoint
 from sdpnet.config import ConfigError
 from sdpnet.settings import Resolved, dump, read_file, read_overrides, read_preset, resolve
 
+# Other kernels, another device or number of threads: the same samples and masks, though not the same last bits.
 RESUME_MAY_CHANGE = (
     "run.fused",
     "run.device",
@@ -91,7 +92,10 @@ def settings(options: argparse.Namespace) -> tuple[Resolved, Path | None]:
             f"--resume cannot change {'; '.join(changed)}: that would be another run "
             "(leave --resume away and give a new --out)"
         )
-    return resolved, checkpoint.newest(source)
+    found, last = checkpoint.newest(source), checkpoint.newest(options.out)
+    if found.resolve() != last.resolve():
+        raise ConfigError(f"--resume: {last} is newer than {found}, and nothing is overwritten: move it away first")
+    return resolved, found
 
 
 def new_folder(wanted: Path | None, name: str) -> Path:

@@ -83,6 +83,7 @@ class Digits:
     """
 
     classes, channels, image_size, value_max = 10, 1, 8, 16
+    class_names = tuple("0123456789")
     mean, std = (0.3052,), (0.3763,)  # of the 1,437 training samples, in units of value_max
 
     def __init__(self, held_out: bool, path: str | Path | None = None) -> None:
@@ -126,7 +127,7 @@ class ImageFolder:
         self.root, self.image_size, self.crop_scale = Path(root), image_size, crop_scale
         if not self.root.is_dir():
             raise DataError(f"data.path: folder not found: {self.root}")
-        self.class_names = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        self.class_names = tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()))
         self.files = [
             (file, label)
             for label, name in enumerate(self.class_names)

@@ -92,6 +92,8 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.train_set, self.held_out = open_data(config, held_out=False), open_data(config, held_out=True)
+        if self.train_set.class_names != self.held_out.class_names:
+            raise DataError(f"data.path: train/ and val/ in {config.data.path} have different classes")
         torch.manual_seed(fold(config.run.seed, 0))
         self.model = build_model(config, self.train_set).to(self.device).train()
         self.ema = EMA(self.model, config.ema.decay)
@@ -290,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stop_signals() as caught:
             finished = trainer.train(lambda step: bool(caught))
-    except TrainingError as error:
+    except (TrainingError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not finished:

@@ -151,3 +151,10 @@ def test_images_from_folders_train_too(tmp_path, tiny_words, capsys):
     assert "12 to train on, 6 held out" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "6 samples" in capsys.readouterr().out
+
+    (tmp_path / "data" / "train" / "class1" / "2.png").write_bytes(b"not an image")
+    assert train.main([*words, "--out", str(tmp_path / "second")]) == 1
+    assert "2.png" in capsys.readouterr().err
+    (tmp_path / "data" / "val" / "class2").mkdir()
+    assert train.main([*words, "--out", str(tmp_path / "third")]) == 2
+    assert "different classes" in capsys.readouterr().err and not (tmp_path / "third").exists()

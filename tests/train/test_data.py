@@ -131,7 +131,7 @@ def folder(tmp_path):
 
 def test_image_folder(folder):
     data = ImageFolder(folder, 24, threads=2)
-    assert (len(data), data.classes, data.class_names) == (6, 3, ["ant", "bee", "cat"])
+    assert (len(data), data.classes, data.class_names) == (6, 3, ("ant", "bee", "cat"))
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     images = data.batch(torch.tensor([5, 0]))
     assert images.dtype == torch.uint8 and images.shape == (2, 3, 24, 24)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from sdpnet import checkpoint, train
 from sdpnet.checkpoint import CheckpointError
 from sdpnet.meter import COLUMNS
+from sdpnet.settings import Resolved
 
 STEPS = 8  # of the tiny recipe: two epochs of four
 
@@ -154,6 +156,20 @@ def test_only_the_newest_are_kept(trainer):
         run.progress.step = step
         run.save()
     assert [p.name for p in checkpoint.list_checkpoints(run.folder)] == ["step-00000010", "step-00000011"]
+
+
+def test_resuming_from_an_older_checkpoint_overwrites_nothing(trainer, tmp_path, capsys):
+    run = trainer("checkpoint.every_epochs=1", "checkpoint.keep=2")
+    (run.folder / "config.yaml").write_text(Resolved(run.config, defaultdict(str)).describe())
+    run.train()
+    older, newer = checkpoint.list_checkpoints(run.folder)
+    (run.folder / "checkpoints" / "step-notes").mkdir()  # not ours: neither read nor removed
+    assert train.main(["--resume", str(older)]) == 2
+    assert f"{newer} is newer" in capsys.readouterr().err
+    newer.rename(tmp_path / "away")
+    assert train.main(["--resume", str(older)]) == 0
+    for name in checkpoint.TENSOR_FILES:
+        assert (newer / name).read_bytes() == (tmp_path / "away" / name).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------- signals

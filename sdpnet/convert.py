@@ -1,9 +1,9 @@
 """Reads checkpoints of the original SdP-Net and writes ours: ``python -m sdpnet.convert SRC DST``.
 
-SRC is a .safetensors file, or a .pt/.pth file of ``torch.save`` (read with ``weights_only=True``: nothing in it is run): a
-state dict, or a dict with one under "model_state_dict" or "state_dict". The original's options come from the file
-("model_config" or "config"; in safetensors the metadata's "config" as JSON), or from ``--config``, a JSON or YAML file with
-them at its top or under "model_config". Prefixes ``module.`` and ``_orig_mod.`` are dropped.
+SRC is a .safetensors file, or a .pt/.pth file of ``torch.save`` (read with ``weights_only=True``: nothing in it is
+run): a state dict, or a dict with one under "model_state_dict" or "state_dict". The original's options come from the
+file ("model_config" or "config"; in safetensors the metadata's "config" as JSON), or from ``--config``, a JSON or YAML
+file with them at its top or under "model_config". Prefixes ``module.`` and ``_orig_mod.`` are dropped.
 """
 
 from __future__ import annotations
@@ -149,14 +149,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         config = convert(
-            given.source, given.destination, options=None if given.config is None else read_options(given.config),
-            registers=given.registers, grid=None if given.grid is None else tuple(given.grid), overwrite=given.overwrite,
+            given.source, given.destination, overwrite=given.overwrite, registers=given.registers,
+            options=None if given.config is None else read_options(given.config),
+            grid=None if given.grid is None else tuple(given.grid),
         )  # fmt: skip
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     height, width = config.image_size
-    print(f"{given.destination}: {config.blocks} blocks, dim {config.dim}, {config.registers} registers, {height}×{width} px")
+    size = f"{config.blocks} blocks, dim {config.dim}, {config.registers} registers, {height}×{width} px"
+    print(f"{given.destination}: {size}")
     return 0
 
 

@@ -163,7 +163,8 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
     if len(shape) != len(entry.shape):
         return False
     ends = [w.stop for w in entry.window or ()] + [0] * len(shape)
-    return all(got >= end if want == 0 else got == want for got, want, end in zip(shape, entry.shape, ends, strict=False))
+    sides = zip(shape, entry.shape, ends, strict=False)
+    return all(got >= end if want == 0 else got == want for got, want, end in sides)
 
 
 def from_original(state: Mapping[str, Tensor], config: SdPNetConfig) -> dict[str, Tensor]:

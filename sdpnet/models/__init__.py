@@ -64,7 +64,8 @@ _CONFIGS.update(
         blocks=7, patch_size=16, kernel_size=7, dim=128, heads=4, conv_blocks=3, conv_ratio=4, ffn_ratio=4, head="tanh"
     ),
     sdpnet_s=SdPNetConfig(
-        blocks=12, patch_size=16, kernel_size=7, dim=512, heads=8, conv_blocks=3, conv_ratio=2, ffn_ratio=2, head="simple"
+        blocks=12, patch_size=16, kernel_size=7, dim=512, heads=8, conv_blocks=3, conv_ratio=2, ffn_ratio=2,
+        head="simple",
     ),
     sdpnet_m=SdPNetConfig(
         blocks=12, patch_size=16, kernel_size=7, dim=768, heads=8, conv_blocks=1, conv_ratio=1, ffn_ratio=2, head="tanh"

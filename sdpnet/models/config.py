@@ -76,8 +76,8 @@ class SdPNetConfig:
     token_eps: float = 1e-5
     """eps of the other LayerNorms."""
     residual_dtype: str | None = None
-    """Of the token buffer under autocast: None = the autocast dtype, "float32" keeps it fp32 (without autocast it is the
-    parameters' dtype)."""
+    """Of the token buffer under autocast: None = the autocast dtype, "float32" keeps it fp32. Without autocast it is in
+    the parameters' dtype."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: only here

@@ -79,7 +79,7 @@ class Embedding(Part):
             raise TypeError(f"images must be of a floating dtype (normalised pixels), got {images.dtype}")
         for side, pixels, patch in zip(("height", "width"), images.shape[2:], self.patch_size, strict=True):
             if pixels % patch or pixels == 0:
-                raise ValueError(f"images: {side} must be a positive multiple of the patch size {patch}, got {pixels}")
+                raise ValueError(f"images: {side} must be a multiple of patch_size {patch}, got {pixels}")
         return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def token_dtype(self, device: str) -> torch.dtype:

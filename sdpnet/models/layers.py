@@ -1,7 +1,7 @@
 """The parts of SdP-Net on one token buffer (B, R + H·W, C), registers first.
 
-Each part holds parameters and calls public operators of :mod:`sdp_kernels`; inside a block nothing is sliced, permuted or
-concatenated. ``backend`` is "reference" (unfused) or None (the best there is); :meth:`SdPNet.set_fused` sets it.
+Each part holds parameters and calls public operators of :mod:`sdp_kernels`; inside a block nothing is sliced, permuted
+or concatenated. ``backend`` is "reference" (unfused) or None (the best there is); :meth:`SdPNet.set_fused` sets it.
 ``layer`` numbers a place where random masks are drawn, one number per operator call, so that no two share a mask.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import sdp_kernels
 from sdp_kernels import ConvMLPWeights
@@ -111,7 +110,7 @@ class ConvMLP(Part):
 
 
 class Encoder(Part):
-    """t ← t + DropPath(γ₃ · O(attention(QKV(LN(t))))), t ← t + DropPath(γ₄ · FFN(LN(t))); all tokens read all tokens."""
+    """t ← t + DropPath(γ₃ · O(attention(QKV(LN(t))))), then t ← t + DropPath(γ₄ · FFN(LN(t))); all read all."""
 
     def __init__(self, config: SdPNetConfig, drop_path: float, ids: Iterator[int]) -> None:
         super().__init__()
@@ -183,7 +182,8 @@ class Head(Part):
 
     def __init__(self, config: SdPNetConfig, ids: Iterator[int]) -> None:
         super().__init__()
-        self.kind, self.registers, self.dropout, self.layer = config.head, config.registers, config.head_dropout, next(ids)
+        self.kind, self.registers = config.head, config.registers
+        self.dropout, self.layer = config.head_dropout, next(ids)
         classes, bias = config.num_classes, config.head_bias
         self.norm = None if config.head == "mean" else Norm(config.dim, config.token_eps)
         self.first = Dense(config.dim, classes, bias, "tanh" if config.head == "tanh" else "none")

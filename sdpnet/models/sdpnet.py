@@ -25,7 +25,7 @@ class SdPNet(nn.Module):
         Encoder:  t ← t + DropPath(γ₃ · Drop(O(softmax(LN_q(q)·LN_k(k)ᵀ/√d)·v)))     q,k,v = QKV(LN(t)), eps 1e-5
                   t ← t + DropPath(γ₄ · Drop(W₂(Drop(act(W₁(LN(t)))))))
 
-    The tokens live in one contiguous buffer (B, R + H·W, C), registers first, in the autocast dtype (or the parameters').
+    The tokens live in one contiguous buffer (B, R + H·W, C), registers first, in the autocast dtype or the parameters'.
     Weights are initialised from a normal of std 0.02 (matrices and kernels truncated), biases 0, norms 1.
 
     :param config: every option; see :class:`SdPNetConfig`.
@@ -71,8 +71,8 @@ class SdPNet(nn.Module):
     def forward(self, images: Tensor, rng: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes).
 
-        :param rng: int64 (seed, step, first sample) from :func:`sdp_kernels.make_rng`, read only in training with a rate
-            above 0. Without it a fresh one is drawn from torch's default generator of the images' device.
+        :param rng: int64 (seed, step, first sample) from :func:`sdp_kernels.make_rng`, read only in training with a
+            rate above 0. Without it a fresh one is drawn from torch's default generator of the images' device.
         """
         rng = self._rng(images, rng)
         return self.head(self.forward_tokens(images, rng), rng)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from test_parity import FILES, golden
+from golden import FILES, golden
 
 from sdpnet import SdPNet, convert
 from sdpnet.models.files import load_model, save_model
@@ -86,7 +86,7 @@ def test_smaller_grid_and_registers_cut_the_tables(original):
 
 
 def test_neighbourhood_embedding(original):
-    """The original: conv output + AvgPool(bone[:, :, :H+k−1, :W+k−1]), registers register_embedding_layer(register[:n+1])."""
+    """The original adds AvgPool(bone[:, :, :H+k-1, :W+k-1]); registers are register_embedding_layer(register[:n+1])."""
     options, state, images, _ = original
     options = {**options, "conv_embedding": True, "conv_embedding_kernel_size": 3, "max_image_size": [4, 6]}
     state = {k: v for k, v in state.items() if not k.startswith("embedding_layer.")}
@@ -180,10 +180,11 @@ def damage(kind, tmp_path, original):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["absent", "empty", "cut", "a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle", "options that are no JSON"],
-)
+KINDS = ["absent", "empty", "cut", "options that are no JSON"]
+KINDS += ["a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_are_named_and_nothing_is_written(tmp_path, original, kind, capsys):
     source = damage(kind, tmp_path, original)
     target = tmp_path / "model.safetensors"
@@ -233,8 +234,8 @@ def test_command_line(tmp_path, original):
     options, state, _, _ = original
     source = write(tmp_path / "old.safetensors", state, None)
     (tmp_path / "config.json").write_text(json.dumps(options))
-    command = [sys.executable, "-m", "sdpnet.convert", source, tmp_path / "new.safetensors"]
-    done = subprocess.run([*command, "--config", tmp_path / "config.json", "--grid", "3", "4"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "sdpnet.convert", source, tmp_path / "new.safetensors", "--grid", "3", "4"]
+    done = subprocess.run([*command, "--config", tmp_path / "config.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "24×32 px" in done.stdout
     assert load_model(tmp_path / "new.safetensors").config.grid == (3, 4)

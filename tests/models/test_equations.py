@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from sdpnet import SdPNet, SdPNetConfig
 
 CONFIG = SdPNetConfig(
-    num_classes=6, in_channels=2, image_size=(12, 8), patch_size=2, dim=16, blocks=2, conv_blocks=2, kernel_size=5, heads=2,
-    registers=3, conv_ratio=3, ffn_ratio=2, activation="kelu", depthwise_bias=True, pointwise_bias=True, head_bias=True,
-    dropout=0.0,
+    num_classes=6, in_channels=2, image_size=(12, 8), patch_size=2, dim=16, blocks=2, conv_blocks=2, kernel_size=5,
+    heads=2, registers=3, conv_ratio=3, ffn_ratio=2, activation="kelu", depthwise_bias=True, pointwise_bias=True,
+    head_bias=True, dropout=0.0,
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def conv_mlp(w, at, x, c):
 
 
 def encoder(w, at, x, registers, c):
-    b, dim, h, wd = x.shape
+    dim, h, wd = x.shape[1:]
     t = torch.cat([registers, x.flatten(2).transpose(1, 2)], 1)
     s1, s2 = (1, 1) if c.layer_scale is None else (w[f"{at}scale1"], w[f"{at}scale2"])
     q, k, v = (norm(w, f"{at}norm1", t, c.token_eps) @ w[f"{at}qkv.weight"].T).chunk(3, -1)

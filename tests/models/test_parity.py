@@ -1,27 +1,11 @@
 """The original's golden tensors: logits, image tokens, registers and every gradient, in fp32, unfused and fused."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from golden import FILES, golden
 
 from sdpnet import SdPNet
-from sdpnet.original import INDEX_BUFFERS, config_from_original, from_original, to_original
-
-FILES = sorted((Path(__file__).parents[1] / "parity").glob("*.safetensors"))
-
-
-def golden(path):
-    """(model options, state dict, the rest of the tensors)."""
-    with safe_open(str(path), "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
-    rest = {k: v for k, v in tensors.items() if not k.startswith("state.")}
-    config = config_from_original(json.loads(metadata["config"]), registers=int(metadata["registers_used"]))
-    return config, state, rest
+from sdpnet.original import INDEX_BUFFERS, from_original, to_original
 
 
 def run(config, state, images, fused, dtype=torch.float32):
@@ -62,7 +46,7 @@ def test_golden(path, fused):
     for name, tensor in got.items():
         assert tensor.shape == want[name].shape, name
         # Softmax doesn't see a shift of all keys, so the exact gradient of k_norm.bias is 0 (next test) and the golden
-        # value is the rounding of its summands: as large as those of k_norm.weight, which is the scale of both.
+        # value is the rounding of its summands, as large as those of k_norm.weight: that is the scale.
         beside = name.replace("k_norm.bias", "k_norm.weight")
         scales[name] = max(largest(want[beside]), 1e-3 * model_scale)
         errors[name] = largest(tensor - want[name]) / scales[name]

@@ -6,7 +6,8 @@ import torch
 import sdp_kernels
 from sdpnet import SdPNet, SdPNetConfig
 
-RATES = {"dropout": 0.3, "attention_dropout": 0.2, "projection_dropout": 0.3, "head_dropout": 0.3, "drop_path": (0.1, 0.5)}
+RATES = {"dropout": 0.3, "attention_dropout": 0.2, "projection_dropout": 0.3, "head_dropout": 0.3}
+RATES["drop_path"] = (0.1, 0.5)
 PLAIN = SdPNetConfig(
     num_classes=5, image_size=16, patch_size=4, dim=16, blocks=3, conv_blocks=2, kernel_size=3, heads=2, registers=2,
     conv_ratio=2, ffn_ratio=2, dropout=0.0,
@@ -23,7 +24,8 @@ def images(batch=4):
 
 
 def test_drop_path_schedule_reaches_both_ends():
-    assert PLAIN.replace(blocks=6, drop_path=(0.1, 0.2)).drop_path_rates == pytest.approx((0.1, 0.12, 0.14, 0.16, 0.18, 0.2))
+    rates = PLAIN.replace(blocks=6, drop_path=(0.1, 0.2)).drop_path_rates
+    assert rates == pytest.approx((0.1, 0.12, 0.14, 0.16, 0.18, 0.2))
     for blocks in (2, 3, 7, 17):
         rates = PLAIN.replace(blocks=blocks, drop_path=(0.1, 0.3)).drop_path_rates
         assert len(rates) == blocks and rates[0] == 0.1 and rates[-1] == 0.3

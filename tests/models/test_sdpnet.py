@@ -10,8 +10,8 @@ import sdp_kernels
 from sdpnet import SdPNet, SdPNetConfig, create_model, list_models
 
 SMALL = SdPNetConfig(
-    num_classes=5, image_size=(16, 24), patch_size=4, dim=16, blocks=2, conv_blocks=1, kernel_size=3, heads=2, registers=3,
-    conv_ratio=2, ffn_ratio=2, dropout=0.0,
+    num_classes=5, image_size=(16, 24), patch_size=4, dim=16, blocks=2, conv_blocks=1, kernel_size=3, heads=2,
+    registers=3, conv_ratio=2, ffn_ratio=2, dropout=0.0,
 )  # fmt: skip
 
 OPTIONS = {
@@ -36,7 +36,8 @@ OPTIONS = {
     "mean head": {"head": "mean"},
     "no q/k norm": {"qk_norm": False},
     "every dropout": {
-        "dropout": 0.2, "attention_dropout": 0.2, "projection_dropout": 0.2, "head_dropout": 0.2, "drop_path": (0.1, 0.4),
+        "dropout": 0.2, "attention_dropout": 0.2, "projection_dropout": 0.2, "head_dropout": 0.2,
+        "drop_path": (0.1, 0.4),
     },
     "fp32 buffer": {"residual_dtype": "float32"},
     "patches of two shapes": {"patch_size": (4, 8)},
@@ -67,7 +68,7 @@ def test_every_option_trains_every_parameter(options, fused):
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "kelu"}, {"gated_ffn": True, "layer_scale": 0.1}], ids=str)
-@pytest.mark.parametrize("rates", [{}, {"dropout": 0.2, "attention_dropout": 0.1, "drop_path": 0.3}], ids=["", "random"])
+@pytest.mark.parametrize("rates", [{}, {"dropout": 0.2, "attention_dropout": 0.1, "drop_path": 0.3}], ids=str)
 def test_fused_equals_unfused(options, rates):
     torch.manual_seed(0)
     model = SdPNet(SMALL.replace(**options, **rates))
@@ -111,7 +112,7 @@ def test_positions_are_interpolated_between_native_ones():
     torch.testing.assert_close(double[1, 0], quarter + position.columns[0])
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["every dropout"], {"position": "neighbourhood"}], ids=["plain", "random", "field"])
+@pytest.mark.parametrize("options", [{}, OPTIONS["every dropout"], OPTIONS["neighbourhood"]], ids=str)
 @pytest.mark.parametrize("size", [(16, 24), (32, 32)], ids=str)
 def test_runs_on_meta_tensors(options, size):
     with torch.device("meta"):
@@ -141,7 +142,8 @@ def test_sizes():
             millions[name] = round(sum(p.numel() for p in create_model(name).parameters()) / 1e6, 1)
     assert millions.pop("sdpnet_digits") < 0.5
     assert millions == {
-        "sdpnet_xxs": 6.1, "sdpnet_s": 76.4, "sdpnet_m": 85.5, "sdpnet_l": 85.7, "sdpnet_xl": 100.8, "sdpnet_xl_bench": 116.0,
+        "sdpnet_xxs": 6.1, "sdpnet_s": 76.4, "sdpnet_m": 85.5, "sdpnet_l": 85.7, "sdpnet_xl": 100.8,
+        "sdpnet_xl_bench": 116.0,
     }  # fmt: skip
 
 
@@ -196,7 +198,7 @@ def test_no_weight_decay():
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and name != "embedding.registers" and "position" not in name
         assert (name in free) == (not matrix), name
-    assert {"embedding.registers", "embedding.position.field", "encoder.scale1", "blocks.0.convs.0.depthwise.bias"} <= free
+    assert {"embedding.registers", "embedding.position.field", "encoder.scale1"} <= free
 
 
 def test_double_precision():

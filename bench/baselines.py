@@ -1,0 +1,52 @@
+"""What the fused operators are measured against when nothing but PyTorch is installed.
+
+Per operator: the fastest plain PyTorch known (what a careful user would write) and the form of the project the models
+come from (what was there before). Each is measured eagerly and under torch.compile. They are ordinary differentiable
+functions; PyTorch's autograd supplies the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KELU_HALF_WIDTH = 3.5
+
+
+def kelu_where(x: Tensor) -> Tensor:
+    """KeLü in x's own dtype with two ``where``. Clamped, so that no branch makes a NaN gradient."""
+    a = KELU_HALF_WIDTH
+    inside = x.clamp(-a, a)
+    bent = 0.5 * inside * (1 + inside / a + torch.sin(inside * (math.pi / a)) / math.pi)
+    return torch.where(x > a, x, torch.where(x < -a, torch.zeros_like(x), bent))
+
+
+def kelu_masks(x: Tensor) -> Tensor:
+    """KeLü as the original has it: three pieces, each multiplied by its mask, added up."""
+    a = KELU_HALF_WIDTH
+    above = (x > a).to(x.dtype)
+    between = ((x >= -a) & (x <= a)).to(x.dtype)
+    return x * above + 0.5 * x * (1 + x / a + torch.sin(math.pi * x / a) / math.pi) * between
+
+
+def layer_norm_permuted(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over C of (B, C, H, W) by PyTorch's kernel on a permuted view; y is channels-last in memory."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def layer_norm_moments(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over C of (B, C, H, W) as the original has it: mean and variance over dimension 1, then affine."""
+    mean = x.mean(1, keepdim=True)
+    centred = x - mean
+    variance = centred.pow(2).mean(1, keepdim=True)
+    return weight[:, None, None] * (centred / torch.sqrt(variance + eps)) + bias[:, None, None]
+
+
+def layer_norm_tokens(x: Tensor, weight: Tensor, bias: Tensor, eps: float, registers: int = 0) -> Tensor:
+    """LayerNorm over the last dimension of (B, T, C); the first ``registers`` rows of each sample come out as 0."""
+    if not registers:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return F.pad(F.layer_norm(x[:, registers:], weight.shape, weight, bias, eps), (0, 0, registers, 0))

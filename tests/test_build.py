@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -24,14 +25,6 @@ from sdp_build.torch_headers import TorchHeaders
 REPOSITORY = Path(__file__).resolve().parents[1]
 NO_TOOL = "/nonexistent/compiler"
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_a_compiler():
-    try:
-        toolchain.find_cxx(os.environ)
-    except Missing as missing:
-        pytest.skip(str(missing))  # the real builds below have nothing to run
 
 
 @pytest.fixture
@@ -73,7 +66,15 @@ def nvcc(tmp_path: Path) -> Path:
     return script
 
 
+def need_a_compiler() -> None:
+    try:
+        toolchain.find_cxx(os.environ)
+    except Missing as missing:
+        pytest.skip(str(missing))  # a real build has nothing to run
+
+
 def build(root: Path, **env: str) -> dict[str, dict]:
+    need_a_compiler()
     base = {"PATH": os.environ["PATH"], "CUDACXX": NO_TOOL}
     return build_extensions(root, root / "sdp_kernels", {**base, **env})
 
@@ -398,6 +399,7 @@ def test_a_failed_compile_is_a_reason_and_when_demanded_an_error(tree):
     assert not library(tree).exists()
     with pytest.raises(DemandedBuildError, match="SDP_BUILD_CPU=1"):
         build(tree, SDP_BUILD_CPU="1")
+    assert not json.loads((tree / "sdp_kernels/_build_report.json").read_text())["_C"]["built"]
 
 
 def test_switching_off_removes_the_library_and_says_so(tree):
@@ -484,7 +486,8 @@ def project(tree: Path) -> Path:
 
 
 def call_hook(project: Path, hook: str, **env: str) -> Path:
-    """Call a PEP 517 hook as a front end does, in a process of its own; returns the wheel."""
+    """Call a PEP 517 hook as a front end does, in a process of its own; returns what it made."""
+    need_a_compiler()
     out = project / "out"
     out.mkdir(exist_ok=True)
     code = (
@@ -493,9 +496,12 @@ def call_hook(project: Path, hook: str, **env: str) -> Path:
     env = {**os.environ, "CUDACXX": NO_TOOL, **env}
     result = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("sdp_kernels: ") == 1  # the one line
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    if hook == "build_sdist":
+        (made,) = out.glob("*.tar.gz")
+    else:
+        assert result.stdout.count("sdp_kernels: ") == 1  # the one line
+        (made,) = out.glob("*.whl")
+    return made
 
 
 def test_a_wheel_carries_library_report_and_data_under_a_stable_tag(project):
@@ -512,6 +518,13 @@ def test_an_editable_install_builds_in_place(project):
     assert library(project).is_file()
     assert (project / "sdp_kernels/_build_report.json").is_file()
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_a_source_distribution_can_be_built_from(project):
+    with tarfile.open(call_hook(project, "build_sdist")) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"csrc/op.h", "csrc/cpu/library.cpp", "build_backend/sdp_build/backend.py", "setup.py", "LICENSE"} <= names
+    assert not any(name.startswith("build/") or name.endswith(".so") for name in names)
 
 
 def test_without_a_compiler_the_package_still_builds(project):

@@ -50,7 +50,7 @@ def build_extensions(root: Path, package_dir: Path, env: Mapping[str, str] | Non
     env = os.environ if env is None else env
     settings = Settings.from_env(env)
     package_dir.mkdir(parents=True, exist_ok=True)
-    report = {}
+    report, demanded = {}, []
     for name in NAMES:
         wish = settings.cpu if name == "_C" else settings.cuda
         target = package_dir / library_name(name)
@@ -61,10 +61,10 @@ def build_extensions(root: Path, package_dir: Path, env: Mapping[str, str] | Non
             target.unlink(missing_ok=True)
             report[name] = {"built": False, "reason": str(error)}
             if wish == "1":
-                raise DemandedBuildError(
-                    f"{SWITCHES[name]}=1, but sdp_kernels.{name} cannot be built: {error}"
-                ) from error
+                demanded.append(f"{SWITCHES[name]}=1, but sdp_kernels.{name} cannot be built: {error}")
     (package_dir / REPORT_NAME).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if demanded:
+        raise DemandedBuildError("; ".join(demanded))
     return report
 
 

@@ -1,5 +1,5 @@
 """SdP-Net models and their trainer, on the operators of :mod:`sdp_kernels`."""
 
-from .models import SdPNet, SdPNetConfig, create_model, list_models
+from .models import SdPNet, SdPNetConfig, create_model, list_models, load_model
 
-__all__ = ["SdPNet", "SdPNetConfig", "create_model", "list_models"]
+__all__ = ["SdPNet", "SdPNetConfig", "create_model", "list_models", "load_model"]

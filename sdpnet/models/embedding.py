@@ -83,7 +83,7 @@ class Embedding(Part):
         return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
 
     def token_dtype(self, device: str) -> torch.dtype:
-        """The parameters' dtype; under autocast (which leaves fp64 alone) its dtype, or fp32 with ``residual_dtype``."""
+        """The parameters' dtype; under autocast (it leaves fp64 alone) autocast's, or fp32 by ``residual_dtype``."""
         autocast = autocast_dtype(device)
         if autocast is None or self.patch.weight.dtype == torch.float64:
             return self.patch.weight.dtype

@@ -56,7 +56,7 @@ def test_golden(path, fused):
 
 @pytest.mark.parametrize("path", [p for p in FILES if "avgpool" not in p.stem], ids=lambda path: path.stem)
 def test_golden_key_bias_is_rounding(path):
-    """In fp64 the gradient of every k_norm.bias vanishes: what the golden files hold there is the original's rounding."""
+    """In fp64 the gradient of every k_norm.bias vanishes: the golden files hold the original's rounding there."""
     config, state, want = golden(path)
     exact = run(config, state, want["input"], fused=False, dtype=torch.float64)
     names = [name for name in exact if name.endswith("k_norm.bias")]

@@ -94,8 +94,9 @@ def test_a_model_without_randomness_ignores_the_rng():
 
 
 @pytest.mark.parametrize("residual", [None, "float32"])
-def test_token_buffer_under_autocast(residual):
-    net = model(residual_dtype=residual)
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_token_buffer_under_autocast(residual, fused):
+    net = model(residual_dtype=residual, activation="kelu").set_fused(fused)
     seen = []
     for block in net.blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

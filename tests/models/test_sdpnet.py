@@ -122,8 +122,7 @@ def test_runs_on_meta_tensors(options, size):
     assert y.shape == (2, 5) and all(p.grad.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
-@pytest.mark.parametrize("given", [False, True], ids=["fresh rng", "given rng"])
+@pytest.mark.parametrize(("fused", "given"), [(False, False), (True, True)], ids=str)
 def test_compiles_to_one_graph(fused, given):
     torch.manual_seed(0)
     model = SdPNet(SMALL.replace(activation="kelu", **OPTIONS["every dropout"]), fused=fused)

@@ -422,12 +422,38 @@ def test_cuda_demanded_without_nvcc_is_an_error(tree):
     assert NO_TOOL in report["_C_cuda"]["reason"]
 
 
-def test_cuda_is_built_for_the_archs_asked_for(tree, nvcc):
+def real_nvcc() -> list[str]:
+    try:
+        return list(toolchain.find_nvcc(os.environ).command)
+    except Missing:
+        return []
+
+
+@pytest.mark.parametrize("compiler", ["stand-in", *real_nvcc()])
+def test_cuda_is_built_for_the_archs_asked_for(tree, nvcc, compiler):
+    """With nvcc itself where there is one: only it can refuse the flags."""
+    real = compiler != "stand-in"
     add_cuda(tree)
-    report = build(tree, CUDACXX=str(nvcc), TORCH_CUDA_ARCH_LIST="8.0;9.0a")
+    if real:
+        (tree / "csrc/cuda/op.cu").write_text(
+            "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
+            f"{EXPORT} void launch(float* x, cudaStream_t s) {{ twice<<<1, 32, 0, s>>>(x); }}\n"
+        )
+    report = build(tree, CUDACXX=compiler if real else str(nvcc), TORCH_CUDA_ARCH_LIST="8.0;9.0a")
+    assert report["_C_cuda"]["built"], report["_C_cuda"]["reason"]
     assert report["_C_cuda"]["arch_list"] == ["8.0", "9.0a"]
     assert "-gencode=arch=compute_90a,code=sm_90a" in report["_C_cuda"]["flags"]
-    assert json.loads(text_of(load(tree, "_C_cuda").info))["arch_list"] == ["8.0", "9.0a"]
+    assert b'\\"arch_list\\": [\\"8.0\\", \\"9.0a\\"]' in (tree / "build/sdp/_C_cuda/build_info.h").read_bytes()
+    if real:
+        needed = subprocess.run(["readelf", "-d", library(tree, "_C_cuda")], capture_output=True, text=True).stdout
+        assert "libtorch_cuda.so" in needed
+        assert "libcudart" not in needed
+        command = ["nm", "-D", "--defined-only", library(tree, "_C_cuda")]
+        exported = subprocess.run(command, capture_output=True, text=True).stdout
+        assert "launch" in exported
+        assert "cudaMalloc" not in exported
+    else:
+        assert json.loads(text_of(load(tree, "_C_cuda").info))["arch_list"] == ["8.0", "9.0a"]
 
 
 def test_without_a_wish_cuda_is_built_for_the_gpu_present_else_the_default(tree, nvcc, monkeypatch):
@@ -443,28 +469,6 @@ def test_an_arch_that_nvcc_does_not_know_is_a_reason_that_names_it(tree, nvcc):
     reason = build(tree, CUDACXX=str(nvcc), TORCH_CUDA_ARCH_LIST="7.0;9.0")["_C_cuda"]["reason"]
     assert "TORCH_CUDA_ARCH_LIST" in reason
     assert "7.0" in reason
-
-
-def test_real_nvcc_if_there_is_one(tree):
-    """The flags are nvcc's own affair: only the real one can refuse them."""
-    try:
-        real = toolchain.find_nvcc(os.environ)
-    except Missing as missing:
-        pytest.skip(str(missing))  # the stand-in above covers the rest
-    add_cuda(tree)
-    (tree / "csrc/cuda/op.cu").write_text(
-        "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
-        f"{EXPORT} void launch(float* x, cudaStream_t s) {{ twice<<<1, 32, 0, s>>>(x); }}\n"
-    )
-    report = build(tree, CUDACXX=real.command[0], TORCH_CUDA_ARCH_LIST="9.0a")
-    assert report["_C_cuda"]["built"], report["_C_cuda"]["reason"]
-    assert json.loads((tree / "sdp_kernels/_build_report.json").read_text()) == report
-    needed = subprocess.run(["readelf", "-d", library(tree, "_C_cuda")], capture_output=True, text=True).stdout
-    assert "libtorch_cuda.so" in needed
-    assert "libcudart" not in needed
-    exported = subprocess.run(["nm", "-D", "--defined-only", library(tree, "_C_cuda")], capture_output=True, text=True)
-    assert "launch" in exported.stdout
-    assert "cudaMalloc" not in exported.stdout
 
 
 # The package

@@ -26,11 +26,23 @@ __host__ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x)
 template <>
 __host__ __device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
 
-// 16 bytes: one LDG.128 / STG.128 when the address is aligned to it.
 template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T items[size];
+constexpr int kPackSize = 16 / int(sizeof(T));
+
+// By default 16 bytes: one LDG.128 / STG.128 when the address is aligned to it.
+template <class T, int N = kPackSize<T>>
+struct alignas(N * sizeof(T)) Pack {
+  static constexpr int size = N;
+  T items[N];
 };
+
+template <class T, int N = kPackSize<T>>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <class T, int N>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
 
 }  // namespace sdp

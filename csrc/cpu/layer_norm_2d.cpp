@@ -6,8 +6,6 @@
 //
 // Weight gradients: the pixels are cut into blocks that depend on the shape alone; each block sums in order into its own
 // row of partial sums, and the rows are added in order. So they are bitwise equal for any number of threads.
-#include <type_traits>
-
 #include "cpu/levels.h"
 #include "cpu/simd.h"
 
@@ -50,30 +48,31 @@ inline T* at(const PictureView& view, const LayerNormCase& c, int64_t sample, in
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
+//
+// kRows pixels side by side: their sums are independent chains, and weights and partial sums are loaded once for all of
+// them. A row's own order of additions is the same for one row as for kRows, so a pixel's result does not depend on its place.
 
-// Calls body(first channel, lanes in use) along C. `whole` is a compile-time constant in the first call's body, so that the
-// compiler drops the partial loads there.
+constexpr int kRows = 4;
+
+// Lanes of channels [i, i + count); Unit: the channels are known to lie next to each other.
+template <bool Unit, class T>
+inline Vector<T> get(const T* p, int64_t stride, int64_t i, int count) {
+  if (Unit || stride == 1) return count == kLanes<T> ? load(p + i) : load_part(p + i, count);
+  return load_part(p + i * stride, count, stride);
+}
+template <bool Unit, class T>
+inline void put(T* p, int64_t stride, int64_t i, Vector<T> v, int count) {
+  if (Unit || stride == 1) return count == kLanes<T> ? store(p + i, v) : store_part(p + i, v, count);
+  store_part(p + i * stride, v, count, stride);
+}
+
+// Calls body(first channel, lanes in use) along C; the inlined body sees a constant in all calls but the last.
 template <class T, class Body>
-inline void along_channels(int64_t channels, const Body& body) {
+inline __attribute__((always_inline)) void along_channels(int64_t channels, const Body& body) {
   constexpr int lanes = kLanes<T>;
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) body(c, lanes, std::true_type());
-  if (c < channels) body(c, int(channels - c), std::false_type());
-}
-
-template <class T, class Whole>
-inline Vector<T> get(const T* p, int64_t stride, int64_t c, int count, Whole) {
-  if constexpr (Whole::value) {
-    if (stride == 1) return load(p + c);
-  }
-  return load_part(p + c * stride, count, stride);
-}
-template <class T, class Whole>
-inline void put(T* p, int64_t stride, int64_t c, Vector<T> v, int count, Whole) {
-  if constexpr (Whole::value) {
-    if (stride == 1) return store(p + c, v);
-  }
-  store_part(p + c * stride, v, count, stride);
+  int64_t i = 0;
+  for (; i + lanes <= channels; i += lanes) body(i, lanes);
+  if (i < channels) body(i, int(channels - i));
 }
 
 // Lanes beyond `count` set to zero.
@@ -83,90 +82,151 @@ inline Vector<T> first_lanes(Vector<T> v, int count) {
   return v;
 }
 
-template <class T>
-void forward_rows(const LayerNormCase& c, int64_t sample, int64_t begin, int64_t end) {
+// One tensor's rows of kRows (or one) neighbouring pixels.
+template <class T, int R>
+struct RowPointers {
+  T* row[R];
+  int64_t channel;
+  RowPointers(const PictureView& view, const LayerNormCase& c, int64_t sample, int64_t pixel) : channel(view.channel) {
+    for (int r = 0; r < R; ++r) row[r] = view.data == nullptr ? nullptr : at<T>(view, c, sample, pixel + r);
+  }
+};
+
+template <class T, int R, bool Unit>
+inline void forward_group(const LayerNormCase& c, int64_t sample, int64_t pixel) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   const A *weight = static_cast<const A*>(c.weight), *bias = static_cast<const A*>(c.bias);
-  A *means = static_cast<A*>(c.mean) + sample * c.pixels, *rstds = static_cast<A*>(c.rstd) + sample * c.pixels;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const T* x = at<T>(c.x, c, sample, pixel);
-    T* y = at<T>(c.y, c, sample, pixel);
-    int64_t x_stride = c.x.channel;
-    if (c.residual.data != nullptr) {
-      const T* residual = at<T>(c.residual, c, sample, pixel);
-      T* sum = at<T>(c.sum, c, sample, pixel);
-      along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-        put(sum, c.sum.channel, i, get(x, c.x.channel, i, count, whole) + get(residual, c.residual.channel, i, count, whole), count, whole);
-      });
-      x = sum;
-      x_stride = c.sum.channel;
-    }
-    if (pixel < c.registers) {
-      along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) { put(y, c.y.channel, i, V{}, count, whole); });
-      means[pixel] = rstds[pixel] = 0;
-      continue;
-    }
-    V total{};
-    along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) { total += get(x, x_stride, i, count, whole); });
-    const A mean = horizontal_sum(total) / A(c.channels);
-    V squares{};
-    along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-      V centred = get(x, x_stride, i, count, whole) - mean;
-      if constexpr (!whole) centred = first_lanes<T>(centred, count);
-      squares += centred * centred;
+  RowPointers<T, R> x(c.x, c, sample, pixel);
+  const RowPointers<T, R> y(c.y, c, sample, pixel);
+  V total[R] = {}, squares[R] = {};
+  if (c.residual.data != nullptr) {
+    const RowPointers<T, R> residual(c.residual, c, sample, pixel), sum(c.sum, c, sample, pixel);
+    along_channels<T>(c.channels, [&](int64_t i, int count) {
+      for (int r = 0; r < R; ++r) {
+        const V added = get<Unit>(x.row[r], x.channel, i, count) + get<Unit>(residual.row[r], residual.channel, i, count);
+        put<Unit>(sum.row[r], sum.channel, i, added, count);
+        total[r] += rounded<T>(added);  // what backward will see
+      }
     });
-    const A rstd = A(1) / __builtin_sqrt(horizontal_sum(squares) / A(c.channels) + A(c.eps));
-    along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-      const V unit = (get(x, x_stride, i, count, whole) - mean) * rstd;
-      put(y, c.y.channel, i, unit * get(weight, 1, i, count, whole) + get(bias, 1, i, count, whole), count, whole);
+    x = sum;
+  } else {
+    along_channels<T>(c.channels, [&](int64_t i, int count) {
+      for (int r = 0; r < R; ++r) total[r] += get<Unit>(x.row[r], x.channel, i, count);
     });
-    means[pixel] = mean;
-    rstds[pixel] = rstd;
+  }
+  A mean[R], rstd[R];
+  for (int r = 0; r < R; ++r) mean[r] = horizontal_sum(total[r]) / A(c.channels);
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    for (int r = 0; r < R; ++r) {
+      V centred = get<Unit>(x.row[r], x.channel, i, count) - mean[r];
+      if (count < kLanes<T>) centred = first_lanes<T>(centred, count);
+      squares[r] += centred * centred;
+    }
+  });
+  for (int r = 0; r < R; ++r) rstd[r] = A(1) / __builtin_sqrt(horizontal_sum(squares[r]) / A(c.channels) + A(c.eps));
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
+    for (int r = 0; r < R; ++r) {
+      const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
+      put<Unit>(y.row[r], y.channel, i, unit * w + b, count);
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    static_cast<A*>(c.mean)[sample * c.pixels + pixel + r] = mean[r];
+    static_cast<A*>(c.rstd)[sample * c.pixels + pixel + r] = rstd[r];
   }
 }
 
+// A register row: sum as usual, y = 0 and no statistics.
 template <class T>
-void backward_rows(const LayerNormCase& c, int64_t sample, int64_t begin, int64_t end, int64_t block) {
+inline void forward_register(const LayerNormCase& c, int64_t sample, int64_t pixel) {
+  const RowPointers<T, 1> x(c.x, c, sample, pixel), residual(c.residual, c, sample, pixel), sum(c.sum, c, sample, pixel),
+      y(c.y, c, sample, pixel);
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    if (c.residual.data != nullptr)
+      put<false>(sum.row[0], sum.channel, i,
+                 get<false>(x.row[0], x.channel, i, count) + get<false>(residual.row[0], residual.channel, i, count), count);
+    put<false>(y.row[0], y.channel, i, Vector<T>{}, count);
+  });
+  static_cast<Accumulator<T>*>(c.mean)[sample * c.pixels + pixel] = 0;
+  static_cast<Accumulator<T>*>(c.rstd)[sample * c.pixels + pixel] = 0;
+}
+
+inline bool unit_or_absent(const PictureView& view) { return view.data == nullptr || view.channel == 1; }
+
+template <class T>
+void forward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end) {
+  for (; pixel < end && pixel < c.registers; ++pixel) forward_register<T>(c, sample, pixel);
+  const bool unit = unit_or_absent(c.x) && unit_or_absent(c.residual) && unit_or_absent(c.sum) && unit_or_absent(c.y);
+  for (; unit && pixel + kRows <= end; pixel += kRows) forward_group<T, kRows, true>(c, sample, pixel);
+  for (; pixel < end; ++pixel)
+    unit ? forward_group<T, 1, true>(c, sample, pixel) : forward_group<T, 1, false>(c, sample, pixel);
+}
+
+template <class T, int R, bool Unit>
+inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t block) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   const A* weight = static_cast<const A*>(c.weight);
   A *dweight = static_cast<A*>(c.dweight) + block * c.channels, *dbias = static_cast<A*>(c.dbias) + block * c.channels;
-  const A *means = static_cast<const A*>(c.mean) + sample * c.pixels;
-  const A* rstds = static_cast<const A*>(c.rstd) + sample * c.pixels;
+  const RowPointers<T, R> x(c.x, c, sample, pixel), grad(c.grad, c, sample, pixel), grad_sum(c.grad_sum, c, sample, pixel),
+      dx(c.dx, c, sample, pixel);
   const bool adds = c.grad_sum.data != nullptr;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const T *x = at<T>(c.x, c, sample, pixel), *grad = at<T>(c.grad, c, sample, pixel);
-    const T* grad_sum = adds ? at<T>(c.grad_sum, c, sample, pixel) : nullptr;
-    T* dx = at<T>(c.dx, c, sample, pixel);
-    if (pixel < c.registers) {
-      along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-        put(dx, c.dx.channel, i, adds ? get(grad_sum, c.grad_sum.channel, i, count, whole) : V{}, count, whole);
-      });
-      continue;
-    }
-    const A mean = means[pixel], rstd = rstds[pixel];
-    V scaled_total{}, product_total{};
-    along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-      const V dy = get(grad, c.grad.channel, i, count, whole);
-      V unit = (get(x, c.x.channel, i, count, whole) - mean) * rstd;
-      if constexpr (!whole) unit = first_lanes<T>(unit, count);
-      const V scaled = dy * get(weight, 1, i, count, whole);
-      scaled_total += scaled;
-      product_total += scaled * unit;
-      put(dweight, 1, i, get(dweight, 1, i, count, whole) + dy * unit, count, whole);
-      put(dbias, 1, i, get(dbias, 1, i, count, whole) + dy, count, whole);
-    });
-    const A scaled_mean = horizontal_sum(scaled_total) / A(c.channels);
-    const A product_mean = horizontal_sum(product_total) / A(c.channels);
-    along_channels<T>(c.channels, [&](int64_t i, int count, auto whole) {
-      const V unit = (get(x, c.x.channel, i, count, whole) - mean) * rstd;
-      const V scaled = get(grad, c.grad.channel, i, count, whole) * get(weight, 1, i, count, whole);
-      V out = (scaled - scaled_mean - unit * product_mean) * rstd;
-      if (adds) out += get(grad_sum, c.grad_sum.channel, i, count, whole);
-      put(dx, c.dx.channel, i, out, count, whole);
-    });
+  A mean[R], rstd[R], scaled_mean[R], product_mean[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = static_cast<const A*>(c.mean)[sample * c.pixels + pixel + r];
+    rstd[r] = static_cast<const A*>(c.rstd)[sample * c.pixels + pixel + r];
   }
+  V scaled_total[R] = {}, product_total[R] = {};
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    const V w = get<true>(weight, 1, i, count);
+    V dw = get<true>(dweight, 1, i, count), db = get<true>(dbias, 1, i, count);
+    for (int r = 0; r < R; ++r) {
+      const V dy = get<Unit>(grad.row[r], grad.channel, i, count);
+      V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
+      if (count < kLanes<T>) unit = first_lanes<T>(unit, count);
+      const V scaled = dy * w;
+      scaled_total[r] += scaled;
+      product_total[r] += scaled * unit;
+      dw += dy * unit;
+      db += dy;
+    }
+    put<true>(dweight, 1, i, dw, count);
+    put<true>(dbias, 1, i, db, count);
+  });
+  for (int r = 0; r < R; ++r) {
+    scaled_mean[r] = horizontal_sum(scaled_total[r]) / A(c.channels);
+    product_mean[r] = horizontal_sum(product_total[r]) / A(c.channels);
+  }
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    const V w = get<true>(weight, 1, i, count);
+    for (int r = 0; r < R; ++r) {
+      const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
+      V out = (get<Unit>(grad.row[r], grad.channel, i, count) * w - scaled_mean[r] - unit * product_mean[r]) * rstd[r];
+      if (adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
+      put<Unit>(dx.row[r], dx.channel, i, out, count);
+    }
+  });
+}
+
+template <class T>
+inline void backward_register(const LayerNormCase& c, int64_t sample, int64_t pixel) {
+  const RowPointers<T, 1> grad_sum(c.grad_sum, c, sample, pixel), dx(c.dx, c, sample, pixel);
+  along_channels<T>(c.channels, [&](int64_t i, int count) {
+    const bool adds = c.grad_sum.data != nullptr;
+    put<false>(dx.row[0], dx.channel, i, adds ? get<false>(grad_sum.row[0], grad_sum.channel, i, count) : Vector<T>{},
+               count);
+  });
+}
+
+template <class T>
+void backward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end, int64_t block) {
+  for (; pixel < end && pixel < c.registers; ++pixel) backward_register<T>(c, sample, pixel);
+  const bool unit = unit_or_absent(c.x) && unit_or_absent(c.grad) && unit_or_absent(c.grad_sum) && unit_or_absent(c.dx);
+  for (; unit && pixel + kRows <= end; pixel += kRows) backward_group<T, kRows, true>(c, sample, pixel, block);
+  for (; pixel < end; ++pixel)
+    unit ? backward_group<T, 1, true>(c, sample, pixel, block) : backward_group<T, 1, false>(c, sample, pixel, block);
 }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
@@ -233,8 +293,9 @@ void forward_columns(const LayerNormCase& c, int64_t sample, int64_t first, int6
     const Column<T> residual(c.residual, c, sample, first, count), sum(c.sum, c, sample, first, count);
     for (int64_t ch = 0; ch < c.channels; ++ch)
       along_tile<T>(count, [&](int v, int lanes) {
-        sum.put(ch, v, x.get(ch, v, lanes) + residual.get(ch, v, lanes), lanes);
-        mean[v] += tile[ch * kTileVectors + v] = sum.get(ch, v, lanes);  // as rounded, which is what backward will see
+        const V added = x.get(ch, v, lanes) + residual.get(ch, v, lanes);
+        sum.put(ch, v, added, lanes);
+        mean[v] += tile[ch * kTileVectors + v] = rounded<T>(added);  // what backward will see
       });
   } else {
     for (int64_t ch = 0; ch < c.channels; ++ch)
@@ -425,18 +486,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   return {y, mean, rstd, sum};
 }
 
-// Adds the blocks' partial sums in order and rounds once, to the parameter's dtype.
-Tensor total(const ScratchPointer& partial, int64_t blocks, int dtype, const Tensor& like) {
+// Adds the blocks' partial sums in order, in fp64, and rounds once, to the parameter's dtype.
+template <class A>
+Tensor total(const void* partial, int64_t blocks, const Tensor& like) {
   const int64_t channels = like.numel();
-  Tensor out = torch::stable::new_empty(like, {channels});
-  for (int64_t i = 0; i < channels; ++i) {
-    double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t at = block * channels + i;
-      sum += dtype == kFloat64 ? static_cast<const double*>(partial.get())[at] : static_cast<const float*>(partial.get())[at];
-    }
-    write_element(out, i, sum);
+  std::vector<double> sums(channels);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const A* row = static_cast<const A*>(partial) + block * channels;
+    for (int64_t i = 0; i < channels; ++i) sums[i] += row[i];
   }
+  Tensor out = torch::stable::new_empty(like, {channels});
+  for (int64_t i = 0; i < channels; ++i) write_element(out, i, sums[i]);
   return out;
 }
 
@@ -484,7 +544,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
                   });
     });
   }
-  return {dx, total(dweight, blocks, dtype, weight), total(dbias, blocks, dtype, weight)};
+  const auto sum = dtype == kFloat64 ? total<double> : total<float>;
+  return {dx, sum(dweight.get(), blocks, weight), sum(dbias.get(), blocks, weight)};
 }
 
 }  // namespace

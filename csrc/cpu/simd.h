@@ -109,6 +109,13 @@ inline void store(T* p, Floats v) {
   memcpy(p, &half, sizeof(half));
 }
 
+// As it would be read back after a store to T.
+template <class T>
+inline Vector<T> rounded(Vector<T> v) {
+  if constexpr (sizeof(T) == 2) return widen(round_to(v, T()), T());
+  else return v;
+}
+
 // The first `count` lanes, `stride` elements apart; the other lanes are 0. Stride 0 repeats one element.
 template <class T>
 inline Vector<T> load_part(const T* p, int count, int64_t stride = 1) {

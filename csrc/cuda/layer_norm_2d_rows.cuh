@@ -1,0 +1,326 @@
+// LayerNorm where channels lie next to each other: channels_last pictures and token buffers. One row is a pixel's channels.
+//
+// Up to kTeamChannels a team of 1 to 32 lanes has a row in registers, several teams to a warp when rows are short; above, a
+// block has one. Every lane owns packs of neighbouring channels, whether they can be loaded as packs (Packed) or not, so
+// that results don't depend on strides or alignment. Rows are read once and written once.
+#pragma once
+#include "cuda/layer_norm_2d_case.cuh"
+
+namespace sdp {
+
+constexpr int kTeamThreads = 256;    // of a block of teams
+constexpr int kTeamValues = 32;      // channels of a row in one lane, at most
+constexpr int kTeamChannels = kWarp * kTeamValues;
+constexpr int kBlockValues = 16;     // the same where a block has a row
+constexpr int kBlockMaxThreads = 512;
+constexpr int kRowMaxChannels = kBlockMaxThreads * kBlockValues;
+
+// Lanes of a team and channels of each lane: as few idle lanes as can be, then as few channels.
+struct TeamShape {
+  int lanes, values;
+};
+template <class T>
+inline TeamShape team_shape(int channels) {
+  const int packs = static_cast<int>(ceil_div(channels, kPackSize<T>));
+  TeamShape best{};
+  int best_slots = 0;
+  for (int lanes = kWarp; lanes >= 1; lanes /= 2) {
+    const int values = static_cast<int>(ceil_div(ceil_div(packs, lanes) * kPackSize<T>, 8)) * 8;
+    if (values <= kTeamValues && (best.lanes == 0 || values * lanes < best_slots)) {
+      best = {lanes, values};
+      best_slots = values * lanes;
+    }
+  }
+  return best;
+}
+
+// Row tensors, channels [at, at + size) of one row: a pack where the view allows, else one by one; 0 beyond the last channel.
+template <bool Packed, class T>
+__device__ __forceinline__ Pack<T> load_channels(const PictureView& v, int64_t row, int at, int channels) {
+  const T* p = static_cast<const T*>(v.data) + row;
+  if (Packed || v.packed) return load_pack(p + at);
+  Pack<T> pack;
+#pragma unroll
+  for (int j = 0; j < Pack<T>::size; ++j)
+    pack.items[j] = at + j < channels ? p[(at + j) * v.channel] : narrow<T>(0);
+  return pack;
+}
+template <bool Packed, class T>
+__device__ __forceinline__ void store_channels(const PictureView& v, int64_t row, int at, int channels,
+                                               const Pack<T>& pack) {
+  T* p = static_cast<T*>(v.data) + row;
+  if (Packed || v.packed) return store_pack(p + at, pack);
+#pragma unroll
+  for (int j = 0; j < Pack<T>::size; ++j)
+    if (at + j < channels) p[(at + j) * v.channel] = pack.items[j];
+}
+
+// weight or bias at channels [at, at + size).
+template <bool Packed, class T>
+__device__ __forceinline__ void load_parameters(Accumulator<T> (&out)[kPackSize<T>], const void* p, bool wide, int at,
+                                                int channels) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>, wide_size = kPackSize<A>;
+  if (!Packed) {
+#pragma unroll
+    for (int j = 0; j < size; ++j) out[j] = at + j < channels ? parameter_at<T>(p, wide, at + j) : A(0);
+  } else if (wide) {
+#pragma unroll
+    for (int j = 0; j < size; j += wide_size) {
+      const Pack<A> pack = load_pack(static_cast<const A*>(p) + at + j);
+#pragma unroll
+      for (int k = 0; k < wide_size; ++k) out[j + k] = pack.items[k];
+    }
+  } else {
+    const Pack<T> pack = load_pack(static_cast<const T*>(p) + at);
+#pragma unroll
+    for (int j = 0; j < size; ++j) out[j] = widen(pack.items[j]);
+  }
+}
+
+// One row's forward in `Values / size` packs per lane; the lane's first channel is lane · size, packs are `lanes` packs
+// apart. `sum_row(value, turn)` adds over the row's lanes; its turns are numbered so that it may use memory of its own for each.
+template <class T, int Values, bool Packed, class SumRow>
+__device__ __forceinline__ void forward_row(const LayerNormCase<Accumulator<T>>& c, int64_t row, bool exists, int lane,
+                                            int lanes, const SumRow& sum_row) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>, packs = Values / size;
+  const PixelPlace place = place_of(c, exists ? row : 0);
+  const bool alive = exists && !place.is_register;
+  const int64_t x_at = offset_of(c.x, place), y_at = offset_of(c.y, place);
+  Pack<T> held[packs];
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+    held[i] = exists && at < c.channels ? load_channels<Packed, T>(c.x, x_at, at, c.channels) : zero_pack<T>();
+  }
+  if (c.residual.data != nullptr) {
+    const int64_t residual_at = offset_of(c.residual, place), sum_at = offset_of(c.sum, place);
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      const int at = (i * lanes + lane) * size;
+      if (exists && at < c.channels) {
+        held[i] = add_packs(held[i], load_channels<Packed, T>(c.residual, residual_at, at, c.channels));
+        store_channels<Packed, T>(c.sum, sum_at, at, c.channels, held[i]);
+      }
+    }
+  }
+  A total = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < packs; ++i)
+#pragma unroll
+    for (int j = 0; j < size; ++j) total += widen(held[i].items[j]);
+  const A mean = sum_row(total, 0) / A(c.channels);
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+#pragma unroll
+    for (int j = 0; j < size; ++j) {
+      const A centred = at + j < c.channels ? widen(held[i].items[j]) - mean : A(0);
+      squares += centred * centred;
+    }
+  }
+  const A rstd = reciprocal_root(sum_row(squares, 1) / A(c.channels) + c.eps);
+  if (!exists) return;
+  if (lane == 0) {
+    c.mean[row] = alive ? mean : A(0);
+    c.rstd[row] = alive ? rstd : A(0);
+  }
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+    if (at < c.channels) {
+      A weight[size], bias[size];
+      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
+      load_parameters<Packed, T>(bias, c.bias, c.wide, at, c.channels);
+#pragma unroll
+      for (int j = 0; j < size; ++j) {
+        const A y = (widen(held[i].items[j]) - mean) * rstd * weight[j] + bias[j];
+        held[i].items[j] = narrow<T>(alive ? y : A(0));
+      }
+      store_channels<Packed, T>(c.y, y_at, at, c.channels, held[i]);
+    }
+  }
+}
+
+// One row's backward, laid out as forward_row; adds to this lane's sums for dweight and dbias.
+template <class T, int Values, bool Packed, class SumRow>
+__device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>& c, int64_t row, bool exists, int lane,
+                                             int lanes, Accumulator<T> (&weight_sum)[Values],
+                                             Accumulator<T> (&bias_sum)[Values], const SumRow& sum_row) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>, packs = Values / size;
+  const PixelPlace place = place_of(c, exists ? row : 0);
+  const bool alive = exists && !place.is_register, adds = c.grad_sum.data != nullptr;
+  const int64_t x_at = offset_of(c.x, place), grad_at = offset_of(c.grad, place);
+  Pack<T> xs[packs], grads[packs], more[packs];
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+    const bool mine = alive && at < c.channels;
+    xs[i] = mine ? load_channels<Packed, T>(c.x, x_at, at, c.channels) : zero_pack<T>();
+    grads[i] = mine ? load_channels<Packed, T>(c.grad, grad_at, at, c.channels) : zero_pack<T>();
+  }
+  if (adds) {  // asked for early, so that it arrives while the sums are taken
+    const int64_t more_at = offset_of(c.grad_sum, place);
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      const int at = (i * lanes + lane) * size;
+      more[i] = exists && at < c.channels ? load_channels<Packed, T>(c.grad_sum, more_at, at, c.channels) : zero_pack<T>();
+    }
+  }
+  const A mean = alive ? c.mean[row] : A(0), rstd = alive ? c.rstd[row] : A(0);
+  A scaled_total = 0, product_total = 0;
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+    if (at < c.channels) {
+      A weight[size];
+      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
+#pragma unroll
+      for (int j = 0; j < size; ++j) {
+        const A grad = widen(grads[i].items[j]), unit = (widen(xs[i].items[j]) - mean) * rstd, scaled = grad * weight[j];
+        scaled_total += scaled;
+        product_total += scaled * unit;
+        weight_sum[i * size + j] += grad * unit;
+        bias_sum[i * size + j] += grad;
+      }
+    }
+  }
+  const A scaled_mean = sum_row(scaled_total, 0) / A(c.channels), product_mean = sum_row(product_total, 1) / A(c.channels);
+  if (!exists) return;
+  const int64_t dx_at = offset_of(c.dx, place);
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    const int at = (i * lanes + lane) * size;
+    if (at < c.channels) {
+      A weight[size];
+      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
+#pragma unroll
+      for (int j = 0; j < size; ++j) {
+        const A unit = (widen(xs[i].items[j]) - mean) * rstd, scaled = widen(grads[i].items[j]) * weight[j];
+        A dx = (scaled - scaled_mean - unit * product_mean) * rstd;
+        if (adds) dx += widen(more[i].items[j]);
+        xs[i].items[j] = narrow<T>(dx);
+      }
+      store_channels<Packed, T>(c.dx, dx_at, at, c.channels, xs[i]);
+    }
+  }
+}
+
+// ---- teams -----------------------------------------------------------------------------------------------------------
+
+inline LaunchGeometry team_forward_geometry(int64_t rows, const TeamShape& team) {
+  return {ceil_div(rows, kTeamThreads / team.lanes), kTeamThreads, 0};
+}
+inline LaunchGeometry team_backward_geometry(int64_t rows, const TeamShape& team, int channels, int64_t accumulator_bytes) {
+  const int64_t groups = ceil_div(rows, kTeamThreads / team.lanes);
+  return {groups < kLayerNormMaxBlocks ? groups : kLayerNormMaxBlocks, kTeamThreads,
+          kTeamThreads / kWarp * channels * accumulator_bytes};
+}
+
+template <class T, int Values, bool Packed>
+__global__ void __launch_bounds__(kTeamThreads)
+    layer_norm_teams_fwd(const LayerNormCase<Accumulator<T>> c, int lanes) {
+  const int lane = threadIdx.x & (lanes - 1);
+  const int64_t row = int64_t(blockIdx.x) * (kTeamThreads / lanes) + threadIdx.x / lanes;
+  forward_row<T, Values, Packed>(c, row, row < c.rows, lane, lanes,
+                                 [&](Accumulator<T> value, int) { return sum_lanes(value, 1, lanes); });
+}
+
+template <class T, int Values, bool Packed>
+__global__ void __launch_bounds__(kTeamThreads)
+    layer_norm_teams_bwd(const LayerNormCase<Accumulator<T>> c, int lanes) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>, warps = kTeamThreads / kWarp;
+  SDP_DYNAMIC_SHARED(shared);
+  A* warp_sums = reinterpret_cast<A*>(shared);  // (warps, C)
+  const int lane = threadIdx.x & (lanes - 1), teams = kTeamThreads / lanes;
+  A weight_sum[Values] = {}, bias_sum[Values] = {};
+  for (int64_t first = int64_t(blockIdx.x) * teams; first < c.rows; first += int64_t(gridDim.x) * teams) {
+    const int64_t row = first + threadIdx.x / lanes;
+    backward_row<T, Values, Packed>(c, row, row < c.rows, lane, lanes, weight_sum, bias_sum,
+                                    [&](A value, int) { return sum_lanes(value, 1, lanes); });
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {  // dweight, dbias: over the warp's teams, then over the warps
+    A(&sums)[Values] = k == 0 ? weight_sum : bias_sum;
+    if (k == 1) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Values; ++i) {
+      const A sum = sum_lanes(sums[i], lanes, kWarp);
+      const int channel = (i / size * lanes + lane) * size + i % size;
+      if (threadIdx.x % kWarp == lane && channel < c.channels)
+        warp_sums[threadIdx.x / kWarp * c.channels + channel] = sum;
+    }
+    __syncthreads();
+    A* partial = c.partial + (int64_t(blockIdx.x) * 2 + k) * c.channels;
+    for (int channel = threadIdx.x; channel < c.channels; channel += kTeamThreads) {
+      A sum = 0;
+#pragma unroll
+      for (int w = 0; w < warps; ++w) sum += warp_sums[w * c.channels + channel];
+      partial[channel] = sum;
+    }
+  }
+}
+
+// ---- a block per row -------------------------------------------------------------------------------------------------
+
+inline int block_row_threads(int channels) {
+  return static_cast<int>(ceil_div(ceil_div(channels, kBlockValues), kWarp)) * kWarp;
+}
+inline LaunchGeometry block_forward_geometry(int64_t rows, int channels, int64_t accumulator_bytes) {
+  const int threads = block_row_threads(channels);
+  return {rows, threads, 2 * threads / kWarp * accumulator_bytes};
+}
+inline LaunchGeometry block_backward_geometry(int64_t rows, int channels, int64_t accumulator_bytes) {
+  const int threads = block_row_threads(channels);
+  return {rows < kLayerNormMaxBlocks ? rows : kLayerNormMaxBlocks, threads, 4 * threads / kWarp * accumulator_bytes};
+}
+
+// Sum over the block, the same in every thread; `slots` is one accumulator per warp and used by nobody else meanwhile.
+template <class A>
+__device__ __forceinline__ A sum_block(A value, A* slots) {
+  value = sum_lanes(value, 1, kWarp);
+  if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  A sum = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) sum += slots[w];
+  return sum;
+}
+
+template <class T, bool Packed>
+__global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_fwd(const LayerNormCase<Accumulator<T>> c) {
+  using A = Accumulator<T>;
+  SDP_DYNAMIC_SHARED(shared);
+  A* slots = reinterpret_cast<A*>(shared);
+  forward_row<T, kBlockValues, Packed>(c, blockIdx.x, true, threadIdx.x, blockDim.x, [&](A value, int turn) {
+    return sum_block(value, slots + turn * (blockDim.x / kWarp));
+  });
+}
+
+template <class T, bool Packed>
+__global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_bwd(const LayerNormCase<Accumulator<T>> c) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>;
+  SDP_DYNAMIC_SHARED(shared);
+  A* slots = reinterpret_cast<A*>(shared);  // two turns, twice: a slow warp may still read the last row's
+  A weight_sum[kBlockValues] = {}, bias_sum[kBlockValues] = {};
+  int buffer = 0;
+  for (int64_t row = blockIdx.x; row < c.rows; row += gridDim.x, buffer ^= 2)
+    backward_row<T, kBlockValues, Packed>(c, row, true, threadIdx.x, blockDim.x, weight_sum, bias_sum,
+                                          [&](A value, int turn) {
+                                            return sum_block(value, slots + (buffer + turn) * (blockDim.x / kWarp));
+                                          });
+  A* partial = c.partial + int64_t(blockIdx.x) * 2 * c.channels;
+#pragma unroll
+  for (int i = 0; i < kBlockValues; ++i) {
+    const int channel = (i / size * int(blockDim.x) + int(threadIdx.x)) * size + i % size;
+    if (channel < c.channels) {
+      partial[channel] = weight_sum[i];
+      partial[c.channels + channel] = bias_sum[i];
+    }
+  }
+}
+
+}  // namespace sdp

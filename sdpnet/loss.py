@@ -11,7 +11,7 @@ def soft_targets(targets: Tensor, classes: int, smoothing: float, dtype: torch.d
     """(1 − s)·t + s/K of shape (B, K). targets: int64 (B,) class indices, or (B, K) probabilities."""
     if targets.ndim == 1:
         # F.one_hot looks at the values: a wait for the device, impossible on meta tensors. A comparison does not.
-        targets = (targets[:, None] == torch.arange(classes, device=targets.device))
+        targets = targets[:, None] == torch.arange(classes, device=targets.device)
     return targets.to(dtype) * (1.0 - smoothing) + smoothing / classes
 
 

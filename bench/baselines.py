@@ -17,11 +17,13 @@ KELU_HALF_WIDTH = 3.5
 
 
 def kelu_where(x: Tensor) -> Tensor:
-    """KeLü in x's own dtype with two ``where``. Clamped, so that no branch makes a NaN gradient."""
+    """KeLü in x's own dtype with two ``where``."""
     a = KELU_HALF_WIDTH
-    inside = x.clamp(-a, a)
+    inside = x.clamp(
+        -a, a
+    )  # keeps infinities from making NaN; its gradient at ±a is 0, so the outer pieces take x = ±a
     bent = 0.5 * inside * (1 + inside / a + torch.sin(inside * (math.pi / a)) / math.pi)
-    return torch.where(x > a, x, torch.where(x < -a, torch.zeros_like(x), bent))
+    return torch.where(x >= a, x, torch.where(x <= -a, torch.zeros_like(x), bent))
 
 
 def kelu_masks(x: Tensor) -> Tensor:

@@ -75,14 +75,15 @@ class Contender:
 
     ``kind``: "ours" is judged; a "peer" computes the same function and counts for the ratio; a "yardstick" computes
     another one and is timed for orientation only. ``build(case)`` returns the function or raises
-    :class:`UnusableError`. ``default``: in the short selection too. ``oracle``: its own truth where that is not the
-    operator's.
+    :class:`UnusableError`. ``default``: in the short selection too. ``layouts``: what it is made for. ``oracle``: its
+    own truth where that is not the operator's.
     """
 
     name: str
     kind: str
     build: Callable[[Case], Function]
     default: bool = False
+    layouts: tuple[str, ...] = LAYOUTS
     oracle: Function | None = None
 
     def __post_init__(self) -> None:

@@ -78,6 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
             for case in cases
             for contender in contenders
+            if case.layout in contender.layouts
         ],
         indirect=True,
     )
@@ -126,6 +127,8 @@ def contest(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
 
     def run() -> None:
         checked = harness.check(operator, contender, case)
+        if checked.crash is not None:
+            raise checked.crash
         if checked.function is None:
             leave_out("unusable", checked.reason or "no reason given")
         if wrong := harness.wrong(operator, checked, case):
@@ -161,6 +164,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
         entry["params"] = None  # objects of the harness; extra_info says it better
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash.get(ROWS, [])
     if not rows:

@@ -80,7 +80,7 @@ def describe() -> dict:
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": cache,
         "last_level_cache_source": source,
-        "os": f"{platform.system()} {platform.release()}",
+        "os": " ".join([platform.system(), *re.findall(r"^\d+\.\d+", platform.release())]),
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -154,8 +154,7 @@ class Harness:
         except UnusableError as reason:
             checked.function, checked.reason = None, str(reason)
         except Exception as error:  # a peer may fail in any way of its own; that is a finding, not the end of the run
-            if contender.kind == "ours":
-                raise
+            checked.crash = error if contender.kind == "ours" else None
             first = str(error).strip().splitlines() or [""]
             checked.function, checked.reason = None, f"{type(error).__name__}: {first[0][:200]}"
         return checked

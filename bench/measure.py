@@ -170,12 +170,13 @@ def verdict(kind: str, case: Case, errors: dict[str, float], eager: dict[str, fl
 
 @dataclass
 class Checked:
-    """A contender on one problem: its function and errors, or why it has none."""
+    """A contender on one problem: its function and errors, or why it has none; ``crash`` is ours, and a bug."""
 
     contender: Contender
     function: Function | None = None
     errors: dict[str, float] | None = None
     reason: str | None = None
+    crash: Exception | None = None
 
 
 @dataclass

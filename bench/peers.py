@@ -164,8 +164,6 @@ def layer_norm(name: str, case: Case, eps: float) -> Function:
 
 
 def _timm_layer_norm(module: Callable, case: Case, eps: float) -> Function:
-    if case.layout == "tokens":
-        raise UnusableError("its LayerNorm2d takes pictures only")
     norm = module(case.channels, eps=eps)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import sdp_kernels
 
 from . import peers
 from .baselines import layer_norm_moments, layer_norm_permuted, layer_norm_tokens
-from .cases import Case, Contender, Function, Operator, UnusableError, compiled, with_passes
+from .cases import LAYOUTS, Case, Contender, Function, Operator, UnusableError, compiled, with_passes
 
 EPS = 1e-6
+PICTURES = ("contiguous", "channels_last")
 
 
 def traffic(case: Case) -> int:
@@ -40,8 +41,6 @@ def plain(case: Case) -> Function:
 
 
 def original(case: Case) -> Function:
-    if case.layout == "tokens":
-        raise UnusableError("the original takes pictures only")
     return lambda x, weight, bias: layer_norm_moments(x, weight, bias, EPS)
 
 
@@ -72,7 +71,7 @@ def library(adapter: str) -> Contender:
             raise UnusableError("has no notion of register rows")
         return function if case.layout == "tokens" else rows_of(function)
 
-    return Contender(adapter, "peer", build, default=True)
+    return Contender(adapter, "peer", build, default=True, layouts=PICTURES if adapter == "timm" else LAYOUTS)
 
 
 OPERATOR = Operator(
@@ -86,8 +85,8 @@ OPERATOR = Operator(
         Contender("reference", "peer", lambda case: fused(case, "reference"), default=True),
         Contender("F.layer_norm", "peer", plain, default=True),
         Contender("F.layer_norm, compiled", "peer", compiled(plain), default=True),
-        Contender("moments (original)", "peer", original, default=True),
-        Contender("moments (original), compiled", "peer", compiled(original)),
+        Contender("moments (original)", "peer", original, default=True, layouts=PICTURES),
+        Contender("moments (original), compiled", "peer", compiled(original), layouts=PICTURES),
         *(library(name) for name in peers.LAYER_NORMS),
     ),
 )

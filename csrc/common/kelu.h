@@ -8,13 +8,7 @@
 // (minimax) and below 3e-19 in fp64 (Chebyshev). NaN passes through: every selection keeps its NaN operand.
 #pragma once
 
-#ifdef __CUDACC__
-#define SDP_HOST_DEVICE __host__ __device__ __forceinline__
-#define SDP_UNROLL _Pragma("unroll")
-#else
-#define SDP_HOST_DEVICE inline __attribute__((always_inline))
-#define SDP_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "common/macros.h"
 
 namespace sdp {
 namespace {  // internal linkage: each SIMD level compiles its own copy

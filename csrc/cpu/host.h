@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace sdp {
@@ -107,15 +108,14 @@ struct Rows {
   }
 };
 
-// Element i of a 1-D tensor of any stride, widened; for parameters, where speed doesn't matter.
-inline double read_element(const Tensor& t, int64_t i) {
+// Element at an offset, widened; for parameters, where speed doesn't matter.
+inline double read_offset(const Tensor& t, int64_t offset) {
   const void* data = t.const_data_ptr();
-  const int64_t at = i * t.stride(0);
   switch (dtype_index(t)) {
-    case 0: return static_cast<const double*>(data)[at];
-    case 1: return static_cast<const float*>(data)[at];
-    case 2: return static_cast<const torch::headeronly::BFloat16*>(data)[at];
-    default: return static_cast<const torch::headeronly::Half*>(data)[at];
+    case 0: return static_cast<const double*>(data)[offset];
+    case 1: return static_cast<const float*>(data)[offset];
+    case 2: return static_cast<const torch::headeronly::BFloat16*>(data)[offset];
+    default: return static_cast<const torch::headeronly::Half*>(data)[offset];
   }
 }
 inline void write_element(const Tensor& t, int64_t i, double value) {
@@ -128,7 +128,61 @@ inline void write_element(const Tensor& t, int64_t i, double value) {
   }
 }
 
+inline int64_t accumulator_bytes(int dtype) { return dtype == 0 ? 8 : 4; }
+
+// Memory for the length of a call, aligned to a cache line; zeroed if asked for.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t size, bool zeroed = false) {
+    const int64_t aligned = std::max<int64_t>(64, (size + 63) / 64 * 64);
+    memory_.reset(std::aligned_alloc(64, aligned));
+    STD_TORCH_CHECK(memory_ != nullptr, "out of memory: ", aligned, " bytes of scratch");
+    if (zeroed) std::memset(memory_.get(), 0, aligned);
+  }
+  void* get() const { return memory_.get(); }
+  void write(int64_t i, double value, int dtype) {
+    if (dtype == 0) static_cast<double*>(get())[i] = value;
+    else static_cast<float*>(get())[i] = static_cast<float>(value);
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+// (C,) parameter as accumulator type.
+inline Scratch widened(const Tensor& parameter, int dtype) {
+  Scratch wide(parameter.numel() * accumulator_bytes(dtype));
+  for (int64_t i = 0; i < parameter.numel(); ++i)
+    wide.write(i, read_offset(parameter, i * parameter.stride(0)), dtype);
+  return wide;
+}
+
+// Partial sums (blocks, count) of accumulator type, added block after block in fp64.
+inline std::vector<double> block_sums(const Scratch& partial, int64_t blocks, int64_t count, int dtype) {
+  std::vector<double> sums(count);
+  const auto add = [&](const auto* rows) {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t i = 0; i < count; ++i) sums[i] += rows[block * count + i];
+  };
+  if (dtype == 0) add(static_cast<const double*>(partial.get()));
+  else add(static_cast<const float*>(partial.get()));
+  return sums;
+}
+
 inline const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 inline char* mutable_bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
+// Writes 0 to the first `registers` rows of each sample of a token buffer (B, T, C).
+inline void zero_registers(const Tensor& t, int64_t registers) {
+  const int64_t size = element_bytes(dtype_index(t));
+  for (int64_t b = 0; registers > 0 && b < t.size(0); ++b)
+    for (int64_t r = 0; r < registers; ++r)
+      for (int64_t c = 0; c < t.size(2); ++c)
+        std::memset(mutable_bytes(t) + (b * t.stride(0) + r * t.stride(1) + c * t.stride(2)) * size, 0, size);
+}
 
 }  // namespace sdp

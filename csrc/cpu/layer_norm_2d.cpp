@@ -376,10 +376,9 @@ extern const LayerNormTable layer_norm_table = {SDP_ALL_DTYPES(forward_rows), SD
 }  // namespace sdp
 
 #if SDP_LEVEL == 0
-#include "cpu/host.h"
-
-#include <memory>
 #include <optional>
+
+#include "cpu/host.h"
 
 namespace sdp {
 namespace {
@@ -407,30 +406,6 @@ struct Geometry {
   }
 };
 
-struct Scratch {
-  void operator()(void* p) const { std::free(p); }
-};
-using ScratchPointer = std::unique_ptr<void, Scratch>;
-
-ScratchPointer allocate(int64_t size) {
-  const int64_t aligned = (size + 63) / 64 * 64;
-  return ScratchPointer(std::aligned_alloc(64, std::max<int64_t>(64, aligned)));
-}
-
-int accumulator_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
-
-// (C,) parameter as accumulator type.
-ScratchPointer widened(const Tensor& parameter, int dtype) {
-  const int64_t count = parameter.numel();
-  ScratchPointer wide = allocate(count * accumulator_bytes(dtype));
-  for (int64_t i = 0; i < count; ++i) {
-    const double value = read_element(parameter, i);
-    if (dtype == kFloat64) static_cast<double*>(wide.get())[i] = value;
-    else static_cast<float*>(wide.get())[i] = static_cast<float>(value);
-  }
-  return wide;
-}
-
 torch::headeronly::ScalarType statistics_dtype(const Tensor& x) {
   using torch::headeronly::ScalarType;
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -456,7 +431,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   Tensor mean = torch::stable::new_empty(x, g.statistics_shape(x), statistics_dtype(x));
   Tensor rstd = torch::stable::new_empty(x, g.statistics_shape(x), statistics_dtype(x));
   const int dtype = dtype_index(x);
-  const ScratchPointer wide_weight = widened(weight, dtype), wide_bias = widened(bias, dtype);
+  const Scratch wide_weight = widened(weight, dtype), wide_bias = widened(bias, dtype);
 
   LayerNormCase c{};
   c.channels = g.channels, c.width = g.width, c.pixels = g.pixels, c.registers = registers, c.eps = eps;
@@ -476,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   } else {
     const int64_t tile = table.tile_bytes / accumulator_bytes(dtype), tiles = (g.pixels + tile - 1) / tile;
     parallel(g.batch * tiles, g.channels * tile, [&](int64_t begin, int64_t end) {
-      const ScratchPointer scratch = allocate(g.channels * table.tile_bytes);
+      const Scratch scratch(g.channels * table.tile_bytes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % tiles * tile;
         table.forward_columns[dtype](c, i / tiles, first, std::min(g.pixels, first + tile), scratch.get());
@@ -486,17 +461,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   return {y, mean, rstd, sum};
 }
 
-// Adds the blocks' partial sums in order, in fp64, and rounds once, to the parameter's dtype.
-template <class A>
-Tensor total(const void* partial, int64_t blocks, const Tensor& like) {
-  const int64_t channels = like.numel();
-  std::vector<double> sums(channels);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const A* row = static_cast<const A*>(partial) + block * channels;
-    for (int64_t i = 0; i < channels; ++i) sums[i] += row[i];
-  }
-  Tensor out = torch::stable::new_empty(like, {channels});
-  for (int64_t i = 0; i < channels; ++i) write_element(out, i, sums[i]);
+// The blocks' partial sums added in order and rounded once, to the parameter's dtype.
+Tensor total(const Scratch& partial, int64_t blocks, int dtype, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {like.numel()});
+  const std::vector<double> sums = block_sums(partial, blocks, like.numel(), dtype);
+  for (size_t i = 0; i < sums.size(); ++i) write_element(out, i, sums[i]);
   return out;
 }
 
@@ -508,7 +477,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   Tensor dx = torch::stable::empty_like(x);
   const Geometry g(dx);
   const int dtype = dtype_index(x);
-  const ScratchPointer wide_weight = widened(weight, dtype);
+  const Scratch wide_weight = widened(weight, dtype);
 
   const LayerNormTable& table = SDP_ACTIVE_TABLE(layer_norm_table);
   const int64_t tile = g.rows ? 1 : table.tile_bytes / accumulator_bytes(dtype);
@@ -517,9 +486,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   const int64_t per_block = std::max((count + kBlocks - 1) / kBlocks, g.rows ? int64_t(32) : int64_t(1));
   const int64_t blocks = (count + per_block - 1) / per_block;
   const int64_t partial_bytes = blocks * g.channels * accumulator_bytes(dtype);
-  const ScratchPointer dweight = allocate(partial_bytes), dbias = allocate(partial_bytes);
-  std::memset(dweight.get(), 0, partial_bytes);
-  std::memset(dbias.get(), 0, partial_bytes);
+  const Scratch dweight(partial_bytes, true), dbias(partial_bytes, true);
 
   LayerNormCase c{};
   c.channels = g.channels, c.width = g.width, c.pixels = g.pixels, c.registers = registers;
@@ -530,7 +497,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
 
   if (x.numel() != 0) {
     parallel(blocks, per_block * tile * g.channels, [&](int64_t begin, int64_t end) {
-      const ScratchPointer scratch = g.rows ? nullptr : allocate(2 * g.channels * table.tile_bytes);
+      const Scratch scratch(g.rows ? 0 : 2 * g.channels * table.tile_bytes);
       for (int64_t block = begin; block < end; ++block)
         by_sample(block * per_block, std::min(count, (block + 1) * per_block), tiles,
                   [&](int64_t sample, int64_t from, int64_t to) {
@@ -544,8 +511,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
                   });
     });
   }
-  const auto sum = dtype == kFloat64 ? total<double> : total<float>;
-  return {dx, sum(dweight.get(), blocks, weight), sum(dbias.get(), blocks, weight)};
+  return {dx, total(dweight, blocks, dtype, weight), total(dbias, blocks, dtype, weight)};
 }
 
 }  // namespace

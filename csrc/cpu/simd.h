@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/macros.h"
+
 namespace sdp {
 
 // 16-bit storage types; the bits are PyTorch's.
@@ -142,6 +144,24 @@ inline auto horizontal_sum(V v) {
   } else {
     constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
     return horizontal_sum<V, Step / 2>(v + rotated<Step>(v, std::make_integer_sequence<int, lanes>()));
+  }
+}
+
+// Transposes a square of lanes × lanes in place: log₂(lanes) rounds that interleave row i with row i + lanes/2.
+template <int First, class V, int... I>
+inline V interleaved(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * int(sizeof...(I)))...);
+}
+template <class V, int lanes>
+inline __attribute__((always_inline)) void transpose(V (&rows)[lanes]) {
+  using Lanes = std::make_integer_sequence<int, lanes>;
+  SDP_UNROLL for (int size = 1; size < lanes; size *= 2) {
+    V next[lanes];
+    SDP_UNROLL for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleaved<0>(rows[i], rows[i + lanes / 2], Lanes());
+      next[2 * i + 1] = interleaved<lanes / 2>(rows[i], rows[i + lanes / 2], Lanes());
+    }
+    SDP_UNROLL for (int i = 0; i < lanes; ++i) rows[i] = next[i];
   }
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import FLOATING
+from ..reference.precision import autocast_dtype
 
 
 def check_floating(name: str, value: object) -> None:
@@ -23,13 +24,13 @@ def check_parameter(name: str, value: object, shape: tuple[int, ...], x: Tensor)
         raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+    if value.dtype not in (x.dtype, torch.float32) and autocast_dtype(x) is None:
         raise TypeError(f"{name} must be {x.dtype} like x, or float32, got {value.dtype}")
 
 
 def check_same_dtype(name: str, value: Tensor | None, x: Tensor) -> None:
     """x's dtype, for operators that PyTorch runs in one dtype; under autocast anything goes."""
-    if value is not None and value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if value is not None and value.dtype != x.dtype and autocast_dtype(x) is None:
         raise TypeError(f"{name} must be {x.dtype} like x, got {value.dtype}")
 
 

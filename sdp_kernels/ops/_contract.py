@@ -45,3 +45,11 @@ def launch(backend: str, kernel: str, *args):
 def differentiating_twice() -> bool:
     """True inside a backward pass that is itself recorded (``create_graph=True``); never while compiling."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiate_reference(form: Callable, inputs: tuple, grad: torch.Tensor) -> tuple:
+    """Gradients of ``form(*inputs)``, recorded so that they can be differentiated again; None where none is wanted."""
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with torch.enable_grad():
+        gradients = iter(torch.autograd.grad(form(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(gradients) if isinstance(x, torch.Tensor) and x.requires_grad else None for x in inputs)

@@ -1,18 +1,86 @@
 """Depthwise k×k convolution on a picture or on the image rows of a token buffer."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
 from ..reference.depthwise_conv2d import Norm
+from ..reference.precision import autocast_dtype
 from ._checks import check_floating, check_grid, check_parameter, check_rank, check_registers, check_same_dtype
-from ._contract import define
+from ._contract import define, differentiate_reference, differentiating_twice, launch
 
-SCHEMAS = {}
+SCHEMAS = {
+    "depthwise_conv2d_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, int[] grid, int registers,"
+        " Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias) -> Tensor"
+    ),
+    "depthwise_conv2d_bwd": (
+        "(Tensor grad, Tensor x, Tensor weight, int[] grid, int registers,"
+        " Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+}
+"""``grid`` is empty for a picture. With a norm, ``dx`` is the gradient of the normalised input."""
 
 KERNEL_SIZES = (3, 5, 7, 9)
 
-define("depthwise_conv2d", SCHEMAS, {})
+
+def _fake_fwd(x, weight, bias, grid, registers, mean, rstd, norm_weight, norm_bias):
+    return torch.empty_like(x)
+
+
+def _fake_bwd(grad, x, weight, grid_, registers, mean, rstd, norm_weight, norm_bias):
+    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+define("depthwise_conv2d", SCHEMAS, {"depthwise_conv2d_fwd": _fake_fwd, "depthwise_conv2d_bwd": _fake_bwd})
+
+
+def _normalised_gradients(dn: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+    """Gradients of x and the four parts of ``(x − mean) · rstd · weight + bias`` from the gradient of it, channels last."""
+    wide = dn.to(norm.mean.dtype)
+    centred = x.to(norm.mean.dtype) - norm.mean[..., None]
+    pixels = tuple(range(x.dim() - 1))
+    slope = wide * norm.weight.to(wide.dtype)
+    dx = slope * norm.rstd[..., None]
+    return (
+        dx.to(x.dtype),
+        -dx.sum(-1),
+        (slope * centred).sum(-1),
+        (wide * centred * norm.rstd[..., None]).sum(pixels).to(norm.weight.dtype),
+        wide.sum(pixels).to(norm.bias.dtype),
+    )
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, grid, registers: int, backend: str, *norm):
+        ctx.save_for_backward(x, weight, bias, *norm)
+        ctx.grid, ctx.registers, ctx.backend = grid, registers, backend
+        return launch(backend, "depthwise_conv2d_fwd", x, weight, bias, grid, registers, *norm)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, *norm = ctx.saved_tensors
+        normed = norm[0] is not None
+        if differentiating_twice():
+
+            def form(x, weight, bias, *norm):
+                folded = Norm(*norm) if normed else None
+                return reference.depthwise_conv2d.depthwise_conv2d(
+                    x, weight, bias, tuple(ctx.grid) or None, ctx.registers, folded
+                )
+
+            dx, dw, db, *dnorm = differentiate_reference(form, (x, weight, bias, *norm), grad)
+            return dx, dw, db, None, None, None, *dnorm
+        dx, dw, db = launch(ctx.backend, "depthwise_conv2d_bwd", grad, x, weight, ctx.grid, ctx.registers, *norm)
+        dnorm = (None,) * 4
+        if normed:
+            last = (lambda t: t.movedim(1, -1)) if x.dim() == 4 else (lambda t: t)
+            dx, *dnorm = _normalised_gradients(last(dx), last(x), Norm(*norm))
+            dx = dx.movedim(-1, 1) if x.dim() == 4 else dx
+        return dx, dw, db if bias is not None else None, None, None, None, *dnorm
 
 
 def check_kernel(name: str, weight: Tensor, channels: int) -> None:
@@ -55,6 +123,9 @@ def depthwise_conv2d(
     Raises:
         TypeError, ValueError: rank, shapes, dtypes, devices, an even or unsupported kernel, grid, registers;
         UnsupportedError: named backend.
+
+    Backward keeps x and weight (and the norm's parts) and recomputes what was normalised. Twice differentiable in eager
+    mode. Source: Chollet, "Xception" (2017); the k×k forms as in ConvNeXt and ConvMixer.
     """
     check_floating("x", x)
     check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
@@ -79,5 +150,11 @@ def depthwise_conv2d(
             Norm._fields, norm, (statistics, statistics, (channels,), (channels,)), strict=True
         ):
             check_parameter(f"norm.{name}", value, shape, x)
-    choose("depthwise_conv2d", x, backend)
-    return reference.depthwise_conv2d.depthwise_conv2d(x, weight, bias, grid, registers, norm)
+    if (dtype := autocast_dtype(x)) is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    chosen = choose("depthwise_conv2d", x, backend)
+    if chosen == "reference":
+        return reference.depthwise_conv2d.depthwise_conv2d(x, weight, bias, grid, registers, norm)
+    return _DepthwiseConv2d.apply(
+        x, weight, bias, list(grid or ()), registers, chosen, *(norm if norm is not None else (None,) * 4)
+    )

@@ -43,7 +43,7 @@ def random_words(rng: Tensor, layer: int, stream: int, samples: int, positions: 
     sample = (torch.arange(samples, device=rng.device) + first_sample)[:, None] & _MASK
     place = torch.full_like(step, layer * 4 + stream)
     words = philox((block, sample, step & _MASK, place), (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(words, dim=-1).reshape(samples, -1)[:, :positions]
+    return torch.stack(words, dim=-1).flatten(1)[:, :positions]
 
 
 def keep_mask(rng: Tensor, layer: int, stream: int, samples: int, positions: int, rate: float, dtype) -> Tensor:

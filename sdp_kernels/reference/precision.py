@@ -8,6 +8,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype autocast casts x to here; None without autocast, for fp64, and on devices that have no autocast."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def widen(x: torch.Tensor) -> torch.Tensor:
     """``x`` in its accumulation dtype; no copy for fp32 and fp64."""
     return x.to(accumulate_dtype(x.dtype))

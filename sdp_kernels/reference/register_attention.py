@@ -49,7 +49,9 @@ def register_attention(
     if dropout == 0:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        with torch.autocast(qkv.device.type, enabled=False):  # scores and weights stay in fp32
+        # Scores and weights stay in fp32; a meta tensor has no autocast to switch off, but needs a device's name here.
+        device = "cpu" if qkv.device.type == "meta" else qkv.device.type
+        with torch.autocast(device, enabled=False):
             scores = widen(q) @ widen(k).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
             scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
             weights = philox_dropout(scores.softmax(-1), dropout, rng, layer, ATTENTION)

@@ -1,4 +1,4 @@
-// What every launcher needs: the current stream, dimensions merged over tensors, and dtype dispatch.
+// What every launcher needs: launching, the device's limits, dimensions merged over tensors, and dtype dispatch.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/block.cuh"
 #include "common/pack.cuh"
 
 namespace sdp {
@@ -21,6 +22,29 @@ inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+// launch(kernel, geometry, arguments...) as the operators' .cuh files ask for it.
+struct Launcher {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), const LaunchGeometry& g, const Arguments&... arguments) const {
+    if (g.shared > 48 * 1024)  // above, a kernel has to ask for it
+      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.shared)));
+    kernel<<<static_cast<unsigned>(g.blocks), g.threads, static_cast<size_t>(g.shared), stream>>>(
+        static_cast<Parameters>(arguments)...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+inline DeviceLimits device_limits(const Tensor& t) {
+  int block = 0, multiprocessor = 0;
+  const int device = t.get_device_index();
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  return {block, multiprocessor};
 }
 
 // Calls body(T{}) with the storage type; a functor instead of a macro, so that launches may hold commas.
@@ -63,7 +87,5 @@ inline std::vector<MergedDim> merge_dims(const std::vector<const Tensor*>& tenso
   }
   return merged;
 }
-
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace sdp

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace sdp {
 
@@ -43,6 +44,17 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
 template <class T, int N>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+// Makes the compiler forget what it has derived from a pack, so that the pack stays in registers instead of that.
+template <class T>
+__device__ __forceinline__ void forget_derived(Pack<T>& pack) {
+#ifdef __CUDA_ARCH__
+  uint4 words;
+  memcpy(&words, &pack, 16);
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+  memcpy(&pack, &words, 16);
+#endif
 }
 
 }  // namespace sdp

@@ -5,26 +5,15 @@
 namespace sdp {
 namespace {
 
-template <class T, bool Backward>
-void launch(const T* grad, const T* x, T* y, int64_t elements, const std::vector<MergedDim>& dims, cudaStream_t stream) {
-  bool dense = dims.size() <= 1 && aligned(x) && aligned(y) && aligned(grad);
-  for (const MergedDim& dim : dims)
-    for (const int64_t stride : dim.stride) dense = dense && stride == 1;
-  if (dense) {
-    const KeluGeometry g = kelu_dense_geometry<T>(elements);
-    kelu_dense<T, Backward><<<static_cast<unsigned>(g.blocks), g.threads, 0, stream>>>(grad, x, y, elements);
-  } else {
-    STD_TORCH_CHECK(dims.size() <= kKeluMaxDims, "kelu: at most ", kKeluMaxDims, " dimensions that can't be merged");
-    KeluStrides s{};
-    s.dims = static_cast<int>(dims.size());
-    for (int d = 0; d < s.dims; ++d) {
-      s.size[d] = dims[d].size, s.y[d] = dims[d].stride[0], s.x[d] = dims[d].stride[1];
-      s.grad[d] = Backward ? dims[d].stride[2] : 0;
-    }
-    const KeluGeometry g = kelu_strided_geometry(elements);
-    kelu_strided<T, Backward><<<static_cast<unsigned>(g.blocks), g.threads, 0, stream>>>(grad, x, y, elements, s);
+KeluStrides strides_of(const std::vector<MergedDim>& dims) {
+  STD_TORCH_CHECK(dims.size() <= kKeluMaxDims, "kelu: at most ", kKeluMaxDims, " dimensions that can't be merged");
+  KeluStrides s{};
+  s.dims = static_cast<int>(dims.size());
+  for (int d = 0; d < s.dims; ++d) {
+    s.size[d] = dims[d].size, s.y[d] = dims[d].stride[0], s.x[d] = dims[d].stride[1];
+    s.grad[d] = dims[d].stride.size() > 2 ? dims[d].stride[2] : 0;
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return s;
 }
 
 Tensor kelu_fwd(const Tensor& x) {
@@ -33,8 +22,8 @@ Tensor kelu_fwd(const Tensor& x) {
   if (x.numel() == 0) return y;
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    launch<T, false>(nullptr, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
-                     x.numel(), merge_dims({&y, &x}), current_stream(x));
+    kelu_launch<T, false>(nullptr, static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+                          x.numel(), strides_of(merge_dims({&y, &x})), Launcher{current_stream(x)});
   });
   return y;
 }
@@ -46,8 +35,9 @@ Tensor kelu_bwd(const Tensor& grad, const Tensor& x) {
   if (x.numel() == 0) return dx;
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    launch<T, true>(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
-                    static_cast<T*>(dx.mutable_data_ptr()), x.numel(), merge_dims({&dx, &x, &grad}), current_stream(x));
+    kelu_launch<T, true>(static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
+                         static_cast<T*>(dx.mutable_data_ptr()), x.numel(), strides_of(merge_dims({&dx, &x, &grad})),
+                         Launcher{current_stream(x)});
   });
   return dx;
 }

@@ -1,7 +1,8 @@
-// KeLü forward and backward: the kernels and their launch geometry. No torch and no <<<>>> here.
+// KeLü forward and backward: the kernels, and which one is launched how. No torch and no <<<>>> here.
+//
+// Bytes per element of s bytes: forward 2s, backward 3s, which is the floor.
 #pragma once
-#include <cstdint>
-
+#include "common/block.cuh"
 #include "common/kelu.h"
 #include "common/pack.cuh"
 
@@ -11,19 +12,13 @@ constexpr int kKeluThreads = 256;
 constexpr int kKeluPacksPerThread = 4;  // independent 16-byte loads in flight per tensor
 constexpr int kKeluMaxDims = 8;         // after merging dimensions
 
-struct KeluGeometry {
-  int64_t blocks;
-  int threads;
-};
-
 // One block per kKeluThreads · kKeluPacksPerThread packs; the elements left over after the packs go to the last block.
 template <class T>
-inline KeluGeometry kelu_dense_geometry(int64_t elements) {
-  const int64_t per_block = int64_t(kKeluThreads) * kKeluPacksPerThread * Pack<T>::size;
-  return {(elements + per_block - 1) / per_block, kKeluThreads};
+inline LaunchGeometry kelu_dense_geometry(int64_t elements) {
+  return {ceil_div(elements, int64_t(kKeluThreads) * kKeluPacksPerThread * kPackSize<T>), kKeluThreads, 0};
 }
-inline KeluGeometry kelu_strided_geometry(int64_t elements) {
-  return {(elements + kKeluThreads - 1) / kKeluThreads, kKeluThreads};
+inline LaunchGeometry kelu_strided_geometry(int64_t elements) {
+  return {ceil_div(elements, kKeluThreads), kKeluThreads, 0};
 }
 
 template <class T, bool Backward>
@@ -45,8 +40,8 @@ __global__ void __launch_bounds__(kKeluThreads) kelu_dense(const T* __restrict__
   for (int i = 0; i < kKeluPacksPerThread; ++i) {
     const int64_t at = first + int64_t(i) * kKeluThreads;
     if (at < packs) {
-      xs[i] = reinterpret_cast<const Pack<T>*>(x)[at];
-      if (Backward) grads[i] = reinterpret_cast<const Pack<T>*>(grad)[at];
+      xs[i] = load_pack(x + at * size);
+      if (Backward) grads[i] = load_pack(grad + at * size);
     }
   }
 #pragma unroll
@@ -56,7 +51,7 @@ __global__ void __launch_bounds__(kKeluThreads) kelu_dense(const T* __restrict__
 #pragma unroll
       for (int j = 0; j < size; ++j)
         xs[i].items[j] = kelu_element<T, Backward>(Backward ? grads[i].items[j] : xs[i].items[j], xs[i].items[j]);
-      reinterpret_cast<Pack<T>*>(y)[at] = xs[i];
+      store_pack(y + at * size, xs[i]);
     }
   }
   const int64_t tail = packs * size + threadIdx.x;
@@ -85,6 +80,17 @@ __global__ void __launch_bounds__(kKeluThreads)
     grad_at += index * strides.grad[d];
   }
   y[y_at] = kelu_element<T, Backward>(Backward ? grad[grad_at] : x[x_at], x[x_at]);
+}
+
+// `strides` holds dimensions merged as far as they go; none or one of steps 1 is dense. grad is null in forward.
+template <class T, bool Backward, class Launch>
+void kelu_launch(const T* grad, const T* x, T* y, int64_t elements, const KeluStrides& strides, const Launch& launch) {
+  bool dense = strides.dims <= 1;
+  for (const void* p : {static_cast<const void*>(grad), static_cast<const void*>(x), static_cast<const void*>(y)})
+    dense = dense && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  if (strides.dims == 1) dense = dense && strides.y[0] == 1 && strides.x[0] == 1 && (!Backward || strides.grad[0] == 1);
+  if (dense) return launch(&kelu_dense<T, Backward>, kelu_dense_geometry<T>(elements), grad, x, y, elements);
+  launch(&kelu_strided<T, Backward>, kelu_strided_geometry(elements), grad, x, y, elements, strides);
 }
 
 }  // namespace sdp

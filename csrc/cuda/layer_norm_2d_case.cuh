@@ -115,9 +115,13 @@ __device__ __forceinline__ Pack<T> zero_pack() {
   return zero;
 }
 
-// Blocks of the backward kernels: a number of the shape alone, so that the sums' order is too. 4 per multiprocessor of an
-// H200, which holds 2 to 3 at a time; each costs 8·C bytes of partial sums.
-constexpr int64_t kLayerNormMaxBlocks = 528;
+// The backward kernels' blocks go on from tile to tile, so that each leaves one row of partial sums. There are as many as an
+// H200's multiprocessors hold at a time, `resident` each: a number that depends on the shape alone, so the sums' order does.
+constexpr int64_t kMultiprocessors = 132;
+
+inline int64_t backward_blocks(int64_t tiles, int resident) {
+  return tiles < kMultiprocessors * resident ? tiles : kMultiprocessors * resident;
+}
 
 // Second stage of the weight gradients: adds the blocks' partial sums, in an order that depends on their number alone.
 constexpr int kSumStrips = 32;

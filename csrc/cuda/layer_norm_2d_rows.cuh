@@ -8,7 +8,8 @@
 
 namespace sdp {
 
-constexpr int kTeamThreads = 256;    // of a block of teams
+constexpr int kTeamThreads = 256;    // of a block of teams, forward
+constexpr int kTeamBackwardThreads = 128;
 constexpr int kTeamValues = 32;      // channels of a row in one lane, at most
 constexpr int kTeamChannels = kWarp * kTeamValues;
 constexpr int kBlockValues = 16;     // the same where a block has a row
@@ -38,21 +39,29 @@ inline TeamShape team_shape(int channels) {
 template <bool Packed, class T>
 __device__ __forceinline__ Pack<T> load_channels(const PictureView& v, int64_t row, int at, int channels) {
   const T* p = static_cast<const T*>(v.data) + row;
-  if (Packed || v.packed) return load_pack(p + at);
-  Pack<T> pack;
+  if constexpr (Packed) {
+    return load_pack(p + at);
+  } else {
+    if (v.packed) return load_pack(p + at);
+    Pack<T> pack;
 #pragma unroll
-  for (int j = 0; j < Pack<T>::size; ++j)
-    pack.items[j] = at + j < channels ? p[(at + j) * v.channel] : narrow<T>(0);
-  return pack;
+    for (int j = 0; j < Pack<T>::size; ++j)
+      pack.items[j] = at + j < channels ? p[(at + j) * v.channel] : narrow<T>(0);
+    return pack;
+  }
 }
 template <bool Packed, class T>
 __device__ __forceinline__ void store_channels(const PictureView& v, int64_t row, int at, int channels,
                                                const Pack<T>& pack) {
   T* p = static_cast<T*>(v.data) + row;
-  if (Packed || v.packed) return store_pack(p + at, pack);
+  if constexpr (Packed) {
+    store_pack(p + at, pack);
+  } else {
+    if (v.packed) return store_pack(p + at, pack);
 #pragma unroll
-  for (int j = 0; j < Pack<T>::size; ++j)
-    if (at + j < channels) p[(at + j) * v.channel] = pack.items[j];
+    for (int j = 0; j < Pack<T>::size; ++j)
+      if (at + j < channels) p[(at + j) * v.channel] = pack.items[j];
+  }
 }
 
 // weight or bias at channels [at, at + size).
@@ -143,10 +152,31 @@ __device__ __forceinline__ void forward_row(const LayerNormCase<Accumulator<T>>&
   }
 }
 
-// One row's backward, laid out as forward_row; adds to this lane's sums for dweight and dbias.
+// Backward blocks, which see many rows, keep the weight as accumulators in shared memory, with zeros up to a whole pack.
+inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, 8) * 8; }
+
+template <class T>
+__device__ __forceinline__ void read_weights(Accumulator<T>* weights, const LayerNormCase<Accumulator<T>>& c) {
+  for (int i = threadIdx.x; i < (c.channels + 7) / 8 * 8; i += blockDim.x)
+    weights[i] = i < c.channels ? parameter_at<T>(c.weight, c.wide, i) : Accumulator<T>(0);
+  __syncthreads();
+}
+template <class T>
+__device__ __forceinline__ void copy_weights(Accumulator<T> (&out)[kPackSize<T>], const Accumulator<T>* weights) {
+  using A = Accumulator<T>;
+#pragma unroll
+  for (int j = 0; j < kPackSize<T>; j += kPackSize<A>) {
+    const Pack<A> pack = load_pack(weights + j);
+#pragma unroll
+    for (int k = 0; k < kPackSize<A>; ++k) out[j + k] = pack.items[k];
+  }
+}
+
+// One row's backward, laid out as forward_row; adds to this lane's sums for dweight and dbias. `sum_row(a, b)` replaces both
+// by their sums over the row's lanes. `weights` is read_weights'.
 template <class T, int Values, bool Packed, class SumRow>
-__device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>& c, int64_t row, bool exists, int lane,
-                                             int lanes, Accumulator<T> (&weight_sum)[Values],
+__device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>& c, const Accumulator<T>* weights,
+                                             int64_t row, bool exists, int lane, int lanes, Accumulator<T> (&weight_sum)[Values],
                                              Accumulator<T> (&bias_sum)[Values], const SumRow& sum_row) {
   using A = Accumulator<T>;
   constexpr int size = kPackSize<T>, packs = Values / size;
@@ -176,7 +206,7 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
     const int at = (i * lanes + lane) * size;
     if (at < c.channels) {
       A weight[size];
-      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
+      copy_weights<T>(weight, weights + at);
 #pragma unroll
       for (int j = 0; j < size; ++j) {
         const A grad = widen(grads[i].items[j]), unit = (widen(xs[i].items[j]) - mean) * rstd, scaled = grad * weight[j];
@@ -187,7 +217,8 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
       }
     }
   }
-  const A scaled_mean = sum_row(scaled_total, 0) / A(c.channels), product_mean = sum_row(product_total, 1) / A(c.channels);
+  sum_row(scaled_total, product_total);
+  const A scaled_mean = scaled_total / A(c.channels), product_mean = product_total / A(c.channels);
   if (!exists) return;
   const int64_t dx_at = offset_of(c.dx, place);
 #pragma unroll
@@ -195,7 +226,8 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
     const int at = (i * lanes + lane) * size;
     if (at < c.channels) {
       A weight[size];
-      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
+      copy_weights<T>(weight, weights + at);
+      forget_derived(xs[i]), forget_derived(grads[i]);
 #pragma unroll
       for (int j = 0; j < size; ++j) {
         const A unit = (widen(xs[i].items[j]) - mean) * rstd, scaled = widen(grads[i].items[j]) * weight[j];
@@ -210,13 +242,16 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
 
 // ---- teams -----------------------------------------------------------------------------------------------------------
 
+// Backward blocks per multiprocessor that the registers allow: 8 to 24 warps, with 32 to 48 KB of loads in flight.
+constexpr int team_backward_resident(int values) { return values <= 8 ? 6 : values <= 16 ? 4 : values <= 24 ? 3 : 2; }
+
 inline LaunchGeometry team_forward_geometry(int64_t rows, const TeamShape& team) {
   return {ceil_div(rows, kTeamThreads / team.lanes), kTeamThreads, 0};
 }
 inline LaunchGeometry team_backward_geometry(int64_t rows, const TeamShape& team, int channels, int64_t accumulator_bytes) {
-  const int64_t groups = ceil_div(rows, kTeamThreads / team.lanes);
-  return {groups < kLayerNormMaxBlocks ? groups : kLayerNormMaxBlocks, kTeamThreads,
-          kTeamThreads / kWarp * channels * accumulator_bytes};
+  return {backward_blocks(ceil_div(rows, kTeamBackwardThreads / team.lanes), team_backward_resident(team.values)),
+          kTeamBackwardThreads,
+          (padded_channels(channels) + kTeamBackwardThreads / kWarp * channels) * accumulator_bytes};
 }
 
 template <class T, int Values, bool Packed>
@@ -229,18 +264,20 @@ __global__ void __launch_bounds__(kTeamThreads)
 }
 
 template <class T, int Values, bool Packed>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamBackwardThreads, team_backward_resident(Values))
     layer_norm_teams_bwd(const LayerNormCase<Accumulator<T>> c, int lanes) {
   using A = Accumulator<T>;
-  constexpr int size = kPackSize<T>, warps = kTeamThreads / kWarp;
+  constexpr int size = kPackSize<T>, warps = kTeamBackwardThreads / kWarp;
   SDP_DYNAMIC_SHARED(shared);
-  A* warp_sums = reinterpret_cast<A*>(shared);  // (warps, C)
-  const int lane = threadIdx.x & (lanes - 1), teams = kTeamThreads / lanes;
+  A* weights = reinterpret_cast<A*>(shared);
+  A* warp_sums = weights + (c.channels + 7) / 8 * 8;  // (warps, C)
+  const int lane = threadIdx.x & (lanes - 1), teams = kTeamBackwardThreads / lanes;
   A weight_sum[Values] = {}, bias_sum[Values] = {};
+  read_weights<T>(weights, c);
   for (int64_t first = int64_t(blockIdx.x) * teams; first < c.rows; first += int64_t(gridDim.x) * teams) {
     const int64_t row = first + threadIdx.x / lanes;
-    backward_row<T, Values, Packed>(c, row, row < c.rows, lane, lanes, weight_sum, bias_sum,
-                                    [&](A value, int) { return sum_lanes(value, 1, lanes); });
+    backward_row<T, Values, Packed>(c, weights, row, row < c.rows, lane, lanes, weight_sum, bias_sum,
+                                    [&](A& a, A& b) { a = sum_lanes(a, 1, lanes), b = sum_lanes(b, 1, lanes); });
   }
 #pragma unroll
   for (int k = 0; k < 2; ++k) {  // dweight, dbias: over the warp's teams, then over the warps
@@ -250,12 +287,12 @@ __global__ void __launch_bounds__(kTeamThreads)
     for (int i = 0; i < Values; ++i) {
       const A sum = sum_lanes(sums[i], lanes, kWarp);
       const int channel = (i / size * lanes + lane) * size + i % size;
-      if (threadIdx.x % kWarp == lane && channel < c.channels)
+      if (int(threadIdx.x) % kWarp == lane && channel < c.channels)
         warp_sums[threadIdx.x / kWarp * c.channels + channel] = sum;
     }
     __syncthreads();
     A* partial = c.partial + (int64_t(blockIdx.x) * 2 + k) * c.channels;
-    for (int channel = threadIdx.x; channel < c.channels; channel += kTeamThreads) {
+    for (int channel = threadIdx.x; channel < c.channels; channel += kTeamBackwardThreads) {
       A sum = 0;
 #pragma unroll
       for (int w = 0; w < warps; ++w) sum += warp_sums[w * c.channels + channel];
@@ -275,18 +312,24 @@ inline LaunchGeometry block_forward_geometry(int64_t rows, int channels, int64_t
 }
 inline LaunchGeometry block_backward_geometry(int64_t rows, int channels, int64_t accumulator_bytes) {
   const int threads = block_row_threads(channels);
-  return {rows < kLayerNormMaxBlocks ? rows : kLayerNormMaxBlocks, threads, 4 * threads / kWarp * accumulator_bytes};
+  return {backward_blocks(rows, kBlockMaxThreads / threads), threads,
+          (padded_channels(channels) + 4 * threads / kWarp) * accumulator_bytes};
 }
 
-// Sum over the block, the same in every thread; `slots` is one accumulator per warp and used by nobody else meanwhile.
-template <class A>
-__device__ __forceinline__ A sum_block(A value, A* slots) {
-  value = sum_lanes(value, 1, kWarp);
-  if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
+// Sums over the block, the same in every thread; `slots` has Count accumulators per warp, used by nobody else meanwhile.
+template <class A, int Count>
+__device__ __forceinline__ void sum_block(A (&values)[Count], A* slots) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    values[k] = sum_lanes(values[k], 1, kWarp);
+    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp * Count + k] = values[k];
+  }
   __syncthreads();
-  A sum = 0;
-  for (int w = 0; w < int(blockDim.x) / kWarp; ++w) sum += slots[w];
-  return sum;
+#pragma unroll
+  for (int k = 0; k < Count; ++k) values[k] = 0;
+  for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
+#pragma unroll
+    for (int k = 0; k < Count; ++k) values[k] += slots[w * Count + k];
 }
 
 template <class T, bool Packed>
@@ -295,7 +338,9 @@ __global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_fwd(const L
   SDP_DYNAMIC_SHARED(shared);
   A* slots = reinterpret_cast<A*>(shared);
   forward_row<T, kBlockValues, Packed>(c, blockIdx.x, true, threadIdx.x, blockDim.x, [&](A value, int turn) {
-    return sum_block(value, slots + turn * (blockDim.x / kWarp));
+    A sum[1] = {value};
+    sum_block(sum, slots + turn * (blockDim.x / kWarp));
+    return sum[0];
   });
 }
 
@@ -304,14 +349,17 @@ __global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_bwd(const L
   using A = Accumulator<T>;
   constexpr int size = kPackSize<T>;
   SDP_DYNAMIC_SHARED(shared);
-  A* slots = reinterpret_cast<A*>(shared);  // two turns, twice: a slow warp may still read the last row's
+  A* weights = reinterpret_cast<A*>(shared);
+  A* slots = weights + (c.channels + 7) / 8 * 8;  // twice: slow warps may still read the last row's
   A weight_sum[kBlockValues] = {}, bias_sum[kBlockValues] = {};
   int buffer = 0;
-  for (int64_t row = blockIdx.x; row < c.rows; row += gridDim.x, buffer ^= 2)
-    backward_row<T, kBlockValues, Packed>(c, row, true, threadIdx.x, blockDim.x, weight_sum, bias_sum,
-                                          [&](A value, int turn) {
-                                            return sum_block(value, slots + (buffer + turn) * (blockDim.x / kWarp));
-                                          });
+  read_weights<T>(weights, c);
+  for (int64_t row = blockIdx.x; row < c.rows; row += gridDim.x, buffer ^= 1)
+    backward_row<T, kBlockValues, Packed>(c, weights, row, true, threadIdx.x, blockDim.x, weight_sum, bias_sum, [&](A& a, A& b) {
+      A sums[2] = {a, b};
+      sum_block(sums, slots + buffer * 2 * (blockDim.x / kWarp));
+      a = sums[0], b = sums[1];
+    });
   A* partial = c.partial + int64_t(blockIdx.x) * 2 * c.channels;
 #pragma unroll
   for (int i = 0; i < kBlockValues; ++i) {

@@ -1,0 +1,98 @@
+// The CUDA kernels of this repository as a library for the CPU, one storage type each (-DSIMT_TYPE=...), called by ctypes.
+// The pair of functions below does what csrc/cuda/*.cu do around `launch`.
+#include "simt.h"
+// The emulator first: it defines what the kernels' sources expect of a CUDA compiler.
+#include "cuda/kelu.cuh"
+#include "cuda/layer_norm_2d.cuh"
+
+using T = SIMT_TYPE;
+using A = sdp::Accumulator<T>;
+
+namespace {
+
+struct Launcher {
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), const sdp::LaunchGeometry& g, const Arguments&... arguments) const {
+    simt::launch(kernel, g.blocks, g.threads, g.shared, arguments...);
+  }
+};
+
+// views: data and strides of B, C, H, W per tensor; sizes: B, C, H, W.
+sdp::PictureView view(const int64_t* views, int i, const sdp::PictureSizes& s) {
+  const int64_t* v = views + 5 * i;
+  if (v[0] == 0) return {};
+  return sdp::picture_view(reinterpret_cast<void*>(v[0]), s, v[1], v[2], v[3], v[4]);
+}
+
+// What was decided: kernel family, packed, on chip, sums on chip, pixels of a tile.
+void tell(const sdp::LayerNormPlan& p, int64_t* told) {
+  told[0] = int64_t(p.shape), told[1] = p.packed, told[2] = p.columns.on_chip, told[3] = p.columns.sums_on_chip;
+  told[4] = p.columns.pixels;
+}
+
+}  // namespace
+
+extern "C" {
+
+void simt_set(unsigned order, unsigned block_order, const char* skipped, int dry) {
+  simt::settings.order = order, simt::settings.block_order = block_order, simt::settings.skipped = skipped;
+  simt::settings.dry = dry;
+}
+// "name count" per line of all barriers that were reached so far; forgets them.
+const char* simt_reached() {
+  static std::string out;
+  out.clear();
+  for (const auto& [place, count] : simt::settings.reached) out += place + " " + std::to_string(count) + "\n";
+  simt::settings.reached.clear();
+  return out.c_str();
+}
+const char* simt_launches() {
+  static std::string out;
+  out.swap(simt::settings.launches);
+  simt::settings.launches.clear();
+  return out.c_str();
+}
+
+// views: x, residual, y, sum.
+void layer_norm_2d_fwd(const int64_t* sizes, const int64_t* views, int64_t registers, double eps, const void* weight,
+                       const void* bias, int wide, void* mean, void* rstd, const int64_t* limits, int64_t* told) {
+  const sdp::PictureSizes s{sizes[0], sizes[1], sizes[2], sizes[3]};
+  auto c = sdp::layer_norm_case<A>(s, registers, eps);
+  c.x = view(views, 0, s), c.residual = view(views, 1, s), c.y = view(views, 2, s), c.sum = view(views, 3, s);
+  c.weight = weight, c.bias = bias, c.wide = wide, c.mean = static_cast<A*>(mean), c.rstd = static_cast<A*>(rstd);
+  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, false, {limits[0], limits[1]});
+  tell(plan, told);
+  sdp::layer_norm_2d_forward<T>(c, plan, Launcher{});
+}
+
+// views: x, grad, grad_sum, dx.
+void layer_norm_2d_bwd(const int64_t* sizes, const int64_t* views, int64_t registers, const void* weight, int wide,
+                       const void* mean, const void* rstd, void* dweight, void* dbias, const int64_t* limits,
+                       int64_t* told) {
+  const sdp::PictureSizes s{sizes[0], sizes[1], sizes[2], sizes[3]};
+  auto c = sdp::layer_norm_case<A>(s, registers, 0);
+  c.x = view(views, 0, s), c.grad = view(views, 1, s), c.grad_sum = view(views, 2, s), c.dx = view(views, 3, s);
+  c.weight = weight, c.wide = wide;
+  c.mean = static_cast<A*>(const_cast<void*>(mean)), c.rstd = static_cast<A*>(const_cast<void*>(rstd));
+  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, true, {limits[0], limits[1]});
+  tell(plan, told);
+  const size_t bytes = simt::settings.dry ? 0 : plan.geometry.blocks * 2 * c.channels * sizeof(A);
+  c.partial = static_cast<A*>(std::malloc(bytes + (bytes == 0)));
+  std::memset(c.partial, 0xff, bytes);
+  if (wide) sdp::layer_norm_2d_backward<T>(c, plan, static_cast<A*>(dweight), static_cast<A*>(dbias), Launcher{});
+  else sdp::layer_norm_2d_backward<T>(c, plan, static_cast<T*>(dweight), static_cast<T*>(dbias), Launcher{});
+  std::free(c.partial);
+}
+
+// strides: sizes, then steps of y, x and grad, `dims` each. grad is null in forward.
+void kelu(const void* grad, const void* x, void* y, int64_t elements, int dims, const int64_t* strides) {
+  sdp::KeluStrides s{};
+  s.dims = dims;
+  for (int d = 0; d < dims; ++d) {
+    s.size[d] = strides[d], s.y[d] = strides[dims + d], s.x[d] = strides[2 * dims + d], s.grad[d] = strides[3 * dims + d];
+  }
+  const T *from = static_cast<const T*>(x), *down = static_cast<const T*>(grad);
+  if (grad == nullptr) sdp::kelu_launch<T, false>(down, from, static_cast<T*>(y), elements, s, Launcher{});
+  else sdp::kelu_launch<T, true>(down, from, static_cast<T*>(y), elements, s, Launcher{});
+}
+}

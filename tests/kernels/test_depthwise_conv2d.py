@@ -70,6 +70,16 @@ def test_normalise_on_load_is_the_norm_before(backend, dtype):
     torch.testing.assert_close(y_picture.flatten(2).transpose(1, 2), y[:, 2:], rtol=1e-12, atol=1e-12)
 
 
+def test_statistics_of_any_strides(backend):
+    x, weight, ones = normal(2, 6, 3), normal(3, 1, 3, 3, seed=1), torch.ones(3)
+    mean, rstd = torch.linspace(0, 1, 6).expand(2, 6), torch.linspace(1, 2, 12).view(6, 2).T
+    got, wanted = (
+        sk.depthwise_conv2d(x, weight, grid=(2, 3), norm=sk.Norm(m, r, ones, ones), backend=backend)
+        for m, r in ((mean, rstd), (mean.contiguous(), rstd.contiguous()))
+    )
+    assert torch.equal(got, wanted)
+
+
 def test_norm_is_not_applied_to_the_padding(backend):
     """Outside the picture there are zeros, not normalised zeros."""
     x, weight = normal(1, 4, 2), torch.ones(2, 1, 3, 3, dtype=torch.float64)

@@ -1,0 +1,76 @@
+"""What all Triton kernels share: registration as opaque operators, the configuration table, the launch itself."""
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import BACKENDS, INTERPRETING
+
+DISPATCH_KEY = "CPU" if INTERPRETING else "CUDA"
+_LIBRARY = torch.library.Library(BACKENDS["triton"].namespace, "IMPL")
+
+TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(
+    Path(__file__).with_name("configurations.json").read_text(encoding="utf-8")
+)
+"""Capability ("90" for sm_90) → "operator/kernel/…" → constants of the launch. There is no tuning at run time: equal
+shapes give equal bits, in every process."""
+
+ACCUMULATOR = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float16: tl.float32,
+}
+
+
+def register(kernel: str):
+    """Decorator: the function is ``sdp_kernels_triton::<kernel>``; its first argument's device is current meanwhile."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def on_its_device(*arguments):
+            device = arguments[0].device
+            elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+            with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+                return function(*arguments)
+
+        _LIBRARY.impl(kernel, on_its_device, DISPATCH_KEY)
+        return function
+
+    return decorate
+
+
+@functools.cache
+def _column_of_table(capability: int) -> dict[str, dict[str, int]]:
+    """The table of that capability, else of the next lower one listed, else of the lowest."""
+    listed = sorted(int(c) for c in TABLE)
+    return TABLE[str(max((c for c in listed if c <= capability), default=listed[0]))]
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability_of(x: Tensor) -> int:
+    """10 · major + minor of x's device; 90 where there is none (interpreter)."""
+    return _capability(x.device.index) if x.device.type == "cuda" else 90
+
+
+def configuration(x: Tensor, *key: str | int) -> dict[str, int] | None:
+    """Constants of the launch for "operator", "kernel", … and the width of x's elements; None if not listed."""
+    width = 16 if x.dtype.itemsize == 2 else 32
+    return _column_of_table(capability_of(x)).get("/".join(map(str, (*key, f"{width}bit"))))
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:
+    """Run ``kernel`` on ``grid`` programs, if any. ``constants`` are its ``tl.constexpr`` parameters."""
+    if all(grid):
+        kernel[grid](*arguments, num_warps=warps, **constants)

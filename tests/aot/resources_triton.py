@@ -1,0 +1,223 @@
+"""Registers, spills, shared memory, occupancy and wide loads of every Triton configuration that ships, without a GPU.
+
+    python tests/aot/resources_triton.py [sm_80 sm_90 sm_100]      prints them, compiled here
+
+The kernels' own host code is run on small CPU tensors with the launch replaced by a recorder, once per entry of
+``configurations.json``, so what is compiled is what would be launched. The compiler is the pinned Triton of
+``tests/triton/pinned.py`` whatever Triton is installed; :func:`collect` runs this file with it, in two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("sm_80", "sm_90", "sm_100")
+SHARED_PER_SM = {80: 167936, 90: 233472, 100: 233472}
+"""Bytes; a block takes 1 KiB of them on top of its own (CUDA C++ programming guide, compute capabilities)."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as the host code made it."""
+
+    kernel: object
+    arguments: tuple
+    warps: int
+    constants: tuple
+
+
+def occupancy(registers: int, shared: int, warps: int, capability: int) -> float:
+    """Resident warps / 64: 64 Ki registers handed out 256 per warp on four partitions, 32 blocks, shared memory."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = (16384 // per_warp) * 4 // warps
+    by_shared = SHARED_PER_SM[capability] // (-(-shared // 128) * 128 + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
+
+
+# ---- in a process with the pinned Triton -----------------------------------------------------------------------------
+
+
+class _Recorder:
+    """Stands in for ``launch`` of the operators' modules."""
+
+    def __init__(self):
+        self.launched: list[Launched] = []
+
+    def __call__(self, kernel, grid, *arguments, warps, **constants):
+        assert all(n > 0 for n in grid), "an empty grid compiles nothing"
+        self.launched.append(Launched(kernel, arguments, warps, tuple(constants.items())))
+
+
+def _calls(key: str):
+    """The operator's calls that use the table's entry, as functions of no argument; and which launch of them it is."""
+    import torch
+
+    from sdp_kernels.triton import kelu, layer_norm_2d
+
+    parts = key.split("/")
+    dtype = torch.bfloat16 if parts[-1] == "16bit" else torch.float32
+    if parts[0] == "kelu":
+        x = torch.empty(64, 48, 64, dtype=dtype)
+        x = {
+            "dense": x,
+            "line": torch.empty(1000, 2, dtype=dtype)[:, 0],
+            "square": x[:, :, :56],
+            "narrow": torch.empty(64, 9, dtype=dtype)[:, :7],
+        }[parts[2]]
+        grad = torch.empty(x.shape, dtype=dtype)
+        return (lambda: kelu.kelu_fwd(x)) if parts[1] == "forward" else (lambda: kelu.kelu_bwd(grad, x)), 0
+    layout = "columns" if "columns" in parts else "rows"
+    if parts[1] in ("forward", "backward"):
+        channels, which = int(parts[3]) * 3 // 4, 0
+    elif parts[1] == "add_partials":
+        channels, which = (768, 1) if parts[2] == "narrow" else (1536, 1)
+    else:
+        channels, which = 16384, 1 if parts[1] in ("normalise", "apply") else 0
+    x = torch.empty(2, channels, 16, 16, dtype=dtype)
+    if layout == "rows":
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(channels)
+    statistics = torch.empty(2, 16, 16)
+    if parts[1] in ("forward", "statistics", "normalise"):
+        return (lambda: layer_norm_2d.layer_norm_2d_fwd(x, x, weight, weight, 1e-6, 0)), which
+    return (lambda: layer_norm_2d.layer_norm_2d_bwd(x, x, x, weight, statistics, statistics, 0)), which
+
+
+def recorded(key: str) -> Launched:
+    """The launch that the table's entry ``key`` leads to."""
+    from sdp_kernels.triton import kelu, layer_norm_2d
+
+    recorder = _Recorder()
+    kelu.launch = layer_norm_2d.launch = recorder
+    call, which = _calls(key)
+    call()
+    return recorder.launched[which]
+
+
+def _signature(launched: Launched) -> tuple[dict, dict, dict]:
+    """Types, constants and hints of the arguments, as Triton's run time specialises them."""
+    import torch
+
+    kernel, constants = launched.kernel, dict(launched.constants)
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
+    signature, values, hints = {}, {}, {}
+    given = dict(zip((n for n in kernel.arg_names if n not in constants), launched.arguments, strict=True))
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = constants.get(name, given.get(name))
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[name], values[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], aligned = types[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = ("i32" if -(2**31) <= value < 2**31 else "i64"), special and value % 16 == 0
+        if aligned:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return signature, values, hints
+
+
+def _spilled(compiled, capability: int) -> int:
+    """Bytes spilled according to ptxas (a stack alone does not prove a spill)."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.asm["ptx"])
+        name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", str(source), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+
+
+def measure(launched: Launched, capability: int) -> dict:
+    """Compile the launch for sm_<capability> and read off what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, values, hints = _signature(launched)
+    source = ASTSource(fn=launched.kernel, signature=signature, constexprs=values, attrs=hints)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": launched.warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(tool), "-sass", "-res-usage", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
+    loads = re.findall(r"\b(LDG(?:STS)?\.E[.\w]*)", text)
+    return {
+        "registers": used["REG"],
+        "spill_bytes": _spilled(compiled, capability) if used["STACK"] else 0,
+        "shared_bytes": compiled.metadata.shared,
+        "occupancy": occupancy(used["REG"], compiled.metadata.shared, launched.warps, capability),
+        "warps": launched.warps,
+        "ldg128": any(".128" in load for load in loads),
+    }
+
+
+def _table(capability: int) -> list[str]:
+    from sdp_kernels.triton._launch import _column_of_table
+
+    return sorted(_column_of_table(capability))
+
+
+def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
+    """Every ``shares``-th entry from the ``share``-th on, for all targets."""
+    found = {}
+    for target in targets:
+        capability = int(target.removeprefix("sm_"))
+        for key in _table(capability)[share::shares]:
+            operator, rest = key.split("/", 1)
+            found[f"triton/{operator}/{rest}/{target}"] = measure(recorded(key), capability)
+    return found
+
+
+# ---- in any process --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _collected(targets: tuple[str, ...], shares: int) -> dict[str, dict]:
+    sys.path.insert(0, str(ROOT / "tests" / "triton"))
+    from pinned import environment
+
+    command = [sys.executable, __file__, "--measure"]
+    workers = [
+        subprocess.Popen([*command, f"{i}/{shares}", *targets], env=environment(), stdout=subprocess.PIPE, text=True)
+        for i in range(shares)
+    ]
+    answers = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise RuntimeError("compiling the Triton kernels failed, see above")
+    return {key: row for answer in answers for key, row in json.loads(answer).items()}
+
+
+def collect(targets: tuple[str, ...] = TARGETS, shares: int = 2) -> dict[str, dict]:
+    """``triton/<operator>/<entry of the table>/<target>`` → what :func:`measure` returns."""
+    return dict(sorted(_collected(tuple(targets), shares).items()))
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--measure"]:
+        share, shares = map(int, arguments[1].split("/"))
+        print(json.dumps(measure_all(arguments[2:], share, shares)))
+        return
+    for key, row in collect(tuple(arguments) or TARGETS).items():
+        print(f"{key:<60}", *(f"{name} {value}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

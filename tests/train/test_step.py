@@ -15,7 +15,15 @@ from sdpnet.loss import classification_loss
 from sdpnet.optim import FiniteGuard, build_optimizer
 from sdpnet.train import TrainingError, train_step
 
-OPTIONS = {"dim": 16, "heads": 2, "blocks": 2, "patch_size": 2, "conv_blocks": 1, "dropout": 0.2, "drop_path": (0.1, 0.3)}
+OPTIONS = {
+    "dim": 16,
+    "heads": 2,
+    "blocks": 2,
+    "patch_size": 2,
+    "conv_blocks": 1,
+    "dropout": 0.2,
+    "drop_path": (0.1, 0.3),
+}
 
 
 def parts_of(device: torch.device, sizes: list[int], dtype: torch.dtype = torch.float32, step: int = 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -182,3 +183,12 @@ def test_library_was_built_from_these_schemas():
     from sdp_kernels import _C
 
     assert _C.schema_hash == current_schema_hash()
+
+
+@needs_cpu
+@pytest.mark.levels
+def test_level_is_the_one_asked_for():
+    """The highest that the processor has, or the one that test_levels.py asks for in its processes."""
+    from sdp_kernels import _C
+
+    assert _C.cpu_level == int(os.environ.get("SDP_KERNELS_CPU_LEVEL", _C.cpu_level_detected))

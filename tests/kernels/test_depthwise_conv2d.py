@@ -7,7 +7,7 @@ import pytest
 import torch
 from _cases import on_backends_of
 from _layouts import normal
-from _numerics import differentiate
+from _numerics import DTYPES, differentiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -78,6 +78,20 @@ def test_statistics_of_any_strides(backend):
         for m, r in ((mean, rstd), (mean.contiguous(), rstd.contiguous()))
     )
     assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_in_single_precision_or_xs_dtype(backend, dtype):
+    x, weight = normal(2, 6, 3, dtype=dtype), normal(3, 1, 3, 3, seed=1, dtype=dtype)
+    mean, rstd, gamma, beta = normal(2, 6, seed=2), normal(2, 6, seed=3).abs(), normal(3, seed=4), normal(3, seed=5)
+    wanted = plain.depthwise_conv2d(
+        (x.double() - mean[..., None]) * rstd[..., None] * gamma + beta, weight.double(), None, (2, 3)
+    )
+    for kept_in in (torch.float32, dtype):
+        norm = sk.Norm(*(t.to(kept_in) for t in (mean, rstd, gamma, beta)))
+        y = sk.depthwise_conv2d(x, weight, grid=(2, 3), norm=norm, backend=backend)
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
 def test_norm_is_not_applied_to_the_padding(backend):

@@ -90,6 +90,10 @@ struct RowPointers {
   RowPointers(const PictureView& view, const LayerNormCase& c, int64_t sample, int64_t pixel) : channel(view.channel) {
     for (int r = 0; r < R; ++r) row[r] = view.data == nullptr ? nullptr : at<T>(view, c, sample, pixel + r);
   }
+  // Asks for row r of the next group while this one is being worked on: processors don't see that far ahead themselves.
+  void prefetch_next(int r, int64_t i) const {
+    if constexpr (R > 1) prefetch(row[r] + R * (row[1] - row[0]) + i);
+  }
 };
 
 template <class T, int R, bool Unit>
@@ -119,6 +123,7 @@ inline void forward_group(const LayerNormCase& c, int64_t sample, int64_t pixel)
   for (int r = 0; r < R; ++r) mean[r] = horizontal_sum(total[r]) / A(c.channels);
   along_channels<T>(c.channels, [&](int64_t i, int count) {
     for (int r = 0; r < R; ++r) {
+      x.prefetch_next(r, i);
       V centred = get<Unit>(x.row[r], x.channel, i, count) - mean[r];
       if (count < kLanes<T>) centred = first_lanes<T>(centred, count);
       squares[r] += centred * centred;
@@ -202,6 +207,8 @@ inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel
   along_channels<T>(c.channels, [&](int64_t i, int count) {
     const V w = get<true>(weight, 1, i, count);
     for (int r = 0; r < R; ++r) {
+      x.prefetch_next(r, i);
+      grad.prefetch_next(r, i);
       const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
       V out = (get<Unit>(grad.row[r], grad.channel, i, count) * w - scaled_mean[r] - unit * product_mean[r]) * rstd[r];
       if (adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
@@ -483,7 +490,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   const int64_t tile = g.rows ? 1 : table.tile_bytes / accumulator_bytes(dtype);
   const int64_t tiles = (g.pixels + tile - 1) / tile, count = g.batch * tiles;  // tiles of one pixel are rows
   constexpr int64_t kBlocks = 64;
-  const int64_t per_block = std::max((count + kBlocks - 1) / kBlocks, g.rows ? int64_t(32) : int64_t(1));
+  const int64_t per_block = std::max((count + kBlocks - 1) / kBlocks, g.rows ? int64_t(128) : int64_t(2));
   const int64_t blocks = (count + per_block - 1) / per_block;
   const int64_t partial_bytes = blocks * g.channels * accumulator_bytes(dtype);
   const Scratch dweight(partial_bytes, true), dbias(partial_bytes, true);

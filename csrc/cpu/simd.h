@@ -111,6 +111,8 @@ inline void store(T* p, Floats v) {
   memcpy(p, &half, sizeof(half));
 }
 
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // As it would be read back after a store to T.
 template <class T>
 inline Vector<T> rounded(Vector<T> v) {

@@ -73,13 +73,14 @@ BACKENDS: dict[str, Backend] = {
 """In the order of automatic choice. ``composed`` builds an operator from smaller ones, each choosing for itself."""
 
 
-def _checked(name: str | None, where: str) -> str | None:
+def check_backend(name: str | None, where: str = "backend") -> str | None:
+    """``name`` if it is a backend's or None, else ValueError saying ``where`` it came from."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-_forced: str | None = _checked(
+_forced: str | None = check_backend(
     os.environ.get("SDP_KERNELS_BACKEND") or None, "environment variable SDP_KERNELS_BACKEND"
 )
 _reported: set[str] = set()
@@ -92,7 +93,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises ValueError for an unknown name; an operator that ``name`` cannot run raises :class:`UnsupportedError`.
     """
     global _forced
-    before, _forced = _forced, _checked(name, "use_backend's name")
+    before, _forced = _forced, check_backend(name, "use_backend's name")
     try:
         yield
     finally:
@@ -110,7 +111,9 @@ def choose(operator: str, x: Tensor, backend: str | None = None) -> str:
     Raises ValueError for an unknown name and :class:`UnsupportedError` when a named backend cannot do the case.
     """
     device_type, dtype = x.device.type, x.dtype
-    requested = _checked(backend, "backend") or _forced
+    requested = check_backend(backend) or _forced
+    if requested == "composed" and backend is None and operator not in BACKENDS["composed"].operators:
+        requested = None  # a part of a composed operator: it chooses for itself
     if requested is not None:
         if not BACKENDS[requested].unsupported_reasons(operator, device_type, dtype):
             return requested

@@ -169,7 +169,9 @@ void forward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t
     unit ? forward_group<T, 1, true>(c, sample, pixel) : forward_group<T, 1, false>(c, sample, pixel);
 }
 
-template <class T, int R, bool Unit>
+// Adds is a constant so that every instance of this group rounds alike: a branch around the last addition would let the
+// compiler fuse it with the multiplication in one instance and not in another.
+template <class T, int R, bool Unit, bool Adds>
 inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t block) {
   using A = Accumulator<T>;
   using V = Vector<T>;
@@ -177,7 +179,6 @@ inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel
   A *dweight = static_cast<A*>(c.dweight) + block * c.channels, *dbias = static_cast<A*>(c.dbias) + block * c.channels;
   const RowPointers<T, R> x(c.x, c, sample, pixel), grad(c.grad, c, sample, pixel), grad_sum(c.grad_sum, c, sample, pixel),
       dx(c.dx, c, sample, pixel);
-  const bool adds = c.grad_sum.data != nullptr;
   A mean[R], rstd[R], scaled_mean[R], product_mean[R];
   for (int r = 0; r < R; ++r) {
     mean[r] = static_cast<const A*>(c.mean)[sample * c.pixels + pixel + r];
@@ -211,7 +212,7 @@ inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel
       grad.prefetch_next(r, i);
       const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
       V out = (get<Unit>(grad.row[r], grad.channel, i, count) * w - scaled_mean[r] - unit * product_mean[r]) * rstd[r];
-      if (adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
+      if constexpr (Adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
       put<Unit>(dx.row[r], dx.channel, i, out, count);
     }
   });
@@ -227,13 +228,19 @@ inline void backward_register(const LayerNormCase& c, int64_t sample, int64_t pi
   });
 }
 
+template <class T, bool Adds>
+void backward_pixels(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end, int64_t block) {
+  const bool unit = unit_or_absent(c.x) && unit_or_absent(c.grad) && unit_or_absent(c.grad_sum) && unit_or_absent(c.dx);
+  for (; unit && pixel + kRows <= end; pixel += kRows) backward_group<T, kRows, true, Adds>(c, sample, pixel, block);
+  for (; pixel < end; ++pixel)
+    unit ? backward_group<T, 1, true, Adds>(c, sample, pixel, block) : backward_group<T, 1, false, Adds>(c, sample, pixel, block);
+}
+
 template <class T>
 void backward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end, int64_t block) {
   for (; pixel < end && pixel < c.registers; ++pixel) backward_register<T>(c, sample, pixel);
-  const bool unit = unit_or_absent(c.x) && unit_or_absent(c.grad) && unit_or_absent(c.grad_sum) && unit_or_absent(c.dx);
-  for (; unit && pixel + kRows <= end; pixel += kRows) backward_group<T, kRows, true>(c, sample, pixel, block);
-  for (; pixel < end; ++pixel)
-    unit ? backward_group<T, 1, true>(c, sample, pixel, block) : backward_group<T, 1, false>(c, sample, pixel, block);
+  c.grad_sum.data != nullptr ? backward_pixels<T, true>(c, sample, pixel, end, block)
+                             : backward_pixels<T, false>(c, sample, pixel, end, block);
 }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------

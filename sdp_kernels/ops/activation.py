@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..backends import check_backend
 from ..reference.activations import FUNCTIONS
 from ._checks import check_floating
 from .kelu import kelu
@@ -21,8 +22,9 @@ def activation(x: Tensor, name: str, *, backend: str | None = None) -> Tensor:
     ``fast_gelu`` is GELU's tanh form, ``leaky_relu`` has slope 0.01, ``none`` returns x itself.
 
     Raises:
-        TypeError: x is not a floating tensor. ValueError: unknown name.
+        TypeError: x is not a floating tensor. ValueError: unknown name or backend.
     """
     check_floating("x", x)
     check_activation(name)
+    check_backend(backend)
     return kelu(x, backend=backend) if name == "kelu" else FUNCTIONS[name](x)

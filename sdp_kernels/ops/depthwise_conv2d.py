@@ -2,21 +2,22 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import reference
 from ..backends import choose
 from ..reference.depthwise_conv2d import Norm
-from ..reference.precision import autocast_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype
 from ._checks import check_floating, check_grid, check_parameter, check_rank, check_registers, check_same_dtype
 from ._contract import define, differentiate_reference, differentiating_twice, launch
 
 SCHEMAS = {
     "depthwise_conv2d_fwd": (
-        "(Tensor x, Tensor weight, Tensor? bias, int[] grid, int registers,"
+        "(Tensor x, Tensor weight, Tensor? bias, SymInt[] grid, int registers,"
         " Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias) -> Tensor"
     ),
     "depthwise_conv2d_bwd": (
-        "(Tensor grad, Tensor x, Tensor weight, int[] grid, int registers,"
+        "(Tensor grad, Tensor x, Tensor weight, SymInt[] grid, int registers,"
         " Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias)"
         " -> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
@@ -37,20 +38,24 @@ def _fake_bwd(grad, x, weight, grid_, registers, mean, rstd, norm_weight, norm_b
 define("depthwise_conv2d", SCHEMAS, {"depthwise_conv2d_fwd": _fake_fwd, "depthwise_conv2d_bwd": _fake_bwd})
 
 
-def _normalised_gradients(dn: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, ...]:
-    """Gradients of x and the four parts of ``(x − mean) · rstd · weight + bias`` from the gradient of it, channels last."""
-    wide = dn.to(norm.mean.dtype)
-    centred = x.to(norm.mean.dtype) - norm.mean[..., None]
+def _through_the_norm(dn: Tensor, x: Tensor, norm: Norm, registers: int) -> tuple[Tensor, ...]:
+    """Gradients of x and the four parts of ``(x − mean) · rstd · weight + bias`` given its own; 0 for register rows."""
+    mean, rstd, weight, _ = norm
+    if x.dim() == 4:
+        dn, x = dn.movedim(1, -1), x.movedim(1, -1)
+    else:
+        dn, x, mean, rstd = (t[:, registers:] for t in (dn, x, mean, rstd))
+    dn, centred = dn.to(mean.dtype), x.to(mean.dtype) - mean[..., None]
+    slope = dn * weight.to(dn.dtype)
+    wide = slope * rstd[..., None]
+    dx, dmean, drstd = wide.to(x.dtype), -wide.sum(-1), (slope * centred).sum(-1)
     pixels = tuple(range(x.dim() - 1))
-    slope = wide * norm.weight.to(wide.dtype)
-    dx = slope * norm.rstd[..., None]
-    return (
-        dx.to(x.dtype),
-        -dx.sum(-1),
-        (slope * centred).sum(-1),
-        (wide * centred * norm.rstd[..., None]).sum(pixels).to(norm.weight.dtype),
-        wide.sum(pixels).to(norm.bias.dtype),
-    )
+    dweight, dbias = (dn * centred * rstd[..., None]).sum(pixels), dn.sum(pixels)
+    if x.dim() == 4:
+        dx = dx.movedim(-1, 1)
+    elif registers:
+        dx, dmean, drstd = F.pad(dx, (0, 0, registers, 0)), F.pad(dmean, (registers, 0)), F.pad(drstd, (registers, 0))
+    return dx, dmean, drstd, dweight.to(weight.dtype), dbias.to(norm.bias.dtype)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -77,9 +82,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         dx, dw, db = launch(ctx.backend, "depthwise_conv2d_bwd", grad, x, weight, ctx.grid, ctx.registers, *norm)
         dnorm = (None,) * 4
         if normed:
-            last = (lambda t: t.movedim(1, -1)) if x.dim() == 4 else (lambda t: t)
-            dx, *dnorm = _normalised_gradients(last(dx), last(x), Norm(*norm))
-            dx = dx.movedim(-1, 1) if x.dim() == 4 else dx
+            dx, *dnorm = _through_the_norm(dx, x, Norm(*norm), ctx.registers)
         return dx, dw, db if bias is not None else None, None, None, None, *dnorm
 
 
@@ -150,6 +153,8 @@ def depthwise_conv2d(
             Norm._fields, norm, (statistics, statistics, (channels,), (channels,)), strict=True
         ):
             check_parameter(f"norm.{name}", value, shape, x)
+        wide = accumulate_dtype(x.dtype)
+        norm = norm._replace(mean=norm.mean.to(wide).contiguous(), rstd=norm.rstd.to(wide).contiguous())
     if (dtype := autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     chosen = choose("depthwise_conv2d", x, backend)

@@ -42,7 +42,8 @@ def linear(
     """``residual + drop_path_mask · layer_scale · dropout(act(x Wᵀ + b))``; without ``residual`` the second term alone.
 
     Args:
-        x: (…, in); (B, …, in) when something is dropped, (B, T, in) with ``registers``.
+        x: (…, in); (B, …, in) when something is dropped, (B, T, in) with ``registers``, whose rows must then be finite
+            in x (the operators here write 0): they meet a gradient of 0 in dweight.
         weight: (out, in) as in ``nn.Linear``; bias, layer_scale: (out,) or None. x's dtype (any under autocast);
             layer_scale may be float32.
         activation: one of ``ACTIVATIONS``.

@@ -42,7 +42,7 @@ def register_attention(
         backend: run this backend or raise; None chooses.
 
     Returns:
-        (B, T, h·d) in qkv's dtype, heads side by side.
+        (B, T, h·d) in qkv's dtype (the autocast dtype under autocast), heads side by side.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices, d, T = 0, norm weights of the wrong length, eps, scale,

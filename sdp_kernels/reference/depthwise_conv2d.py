@@ -36,7 +36,9 @@ def depthwise_conv2d(
     if x.dim() == 4:
         picture = x if norm is None else normalise(x.permute(0, 2, 3, 1), norm).permute(0, 3, 1, 2)
         return F.conv2d(picture, weight, bias, padding=kernel // 2, groups=x.shape[1])
-    tokens = (x if norm is None else normalise(x, norm))[:, registers:]
+    tokens = x[:, registers:]
+    if norm is not None:
+        tokens = normalise(tokens, norm._replace(mean=norm.mean[:, registers:], rstd=norm.rstd[:, registers:]))
     picture = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
     y = F.conv2d(picture, weight, bias, padding=kernel // 2, groups=x.shape[2]).permute(0, 2, 3, 1).flatten(1, 2)
     return F.pad(y, (0, 0, registers, 0)) if registers else y

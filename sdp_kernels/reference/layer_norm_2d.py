@@ -26,9 +26,9 @@ def layer_norm_2d_bwd(
     others = [d for d in range(x.dim()) if d != channels]
     shape = [-1 if d == channels else 1 for d in range(x.dim())]
     wide, dy = widen(x), widen(grad)
-    if registers:
-        image = (torch.arange(x.shape[1], device=x.device) >= registers).to(wide.dtype)[:, None]
-        dy = dy * image
+    if registers:  # selected, not multiplied: what register rows hold may be NaN
+        image = (torch.arange(x.shape[1], device=x.device) >= registers)[:, None]
+        wide, dy = (torch.where(image, t, t.new_zeros(())) for t in (wide, dy))
     centred = wide - wide.mean(channels, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(channels, keepdim=True) + eps)
     unit = centred * rstd

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .philox import ATTENTION
 from .philox import dropout as philox_dropout
-from .precision import widen
+from .precision import autocast_dtype, widen
 
 ATTEND = ("all", "image_to_image", "registers_to_registers", "separate")
 """Which tokens a query may read. ``all``: every token. ``image_to_image``: image tokens read image tokens only,
@@ -40,6 +40,7 @@ def register_attention(
     layer: int = 0,
 ) -> Tensor:
     """qkv (B, T, 3, h, d) → (B, T, h·d): softmax(LN_q(q) · LN_k(k)ᵀ · scale) · v, scale 1/√d unless given."""
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     if q_norm is not None:
         q = F.layer_norm(widen(q), q.shape[-1:], *(p.to(widen(q).dtype) for p in q_norm), eps).to(q.dtype)

@@ -62,9 +62,17 @@ def test_forced_backend_runs_every_operator_it_has(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_forced_backend_that_cannot_is_refused(operator):
-    for name in BACKENDS.keys() - set(cpu_backends(operator)):
+    for name in BACKENDS.keys() - set(cpu_backends(operator)) - {"composed"}:
         with sk.use_backend(name), pytest.raises(UnsupportedError, match=name):
             call(operator)
+
+
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if "composed" not in cpu_backends(op)])
+def test_parts_of_composed_operators_choose_for_themselves(operator):
+    with sk.use_backend("composed"):
+        call(operator)
+    with pytest.raises(UnsupportedError, match="composed"):
+        call(operator, "composed")
 
 
 def test_unknown_names_are_told_the_known_ones():

@@ -254,7 +254,10 @@ def test_nan_in_register_rows_of_residual_and_gradient_stays_there(case, backend
 
 @pytest.mark.levels
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
-@on_every_backend(WITH_REGISTERS)
+@on_every_backend([case for case in WITH_REGISTERS if case.operator != "linear"])
 def test_nan_in_register_rows_of_x_stays_there(case, backend, twice):
-    """The same with NaN in the register rows of x itself, as in a buffer that nobody filled."""
+    """The same with NaN in the register rows of x itself, as in a buffer that nobody filled.
+
+    Not ``linear``, whose documented rule is that these rows of x are finite: dweight is one product over all rows.
+    """
     assert_nan_in_register_rows_stays_there(case, backend, in_x=True, twice=twice)

@@ -1,0 +1,82 @@
+"""What runs under a sanitizer: a few small problems of one operator on one backend, both passes, and little else.
+
+    python -m bench.gpu.drive OPERATOR BACKEND        or: python -m bench.gpu.drive control
+
+Inputs are made on the CPU, so that hardly any kernels but ours are launched. "control" writes out of bounds on purpose,
+to see whether the sanitizer notices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from .subjects import LAYOUTS, SUBJECTS, Problem, differentiate, normal
+
+CONTROL = "control"
+
+
+def problems(operator: str) -> list[Problem]:
+    """Small, odd, in every layout and with every branch that a kernel takes; in bf16 and fp32."""
+    kernel = {"kernel": 7} if operator == "depthwise_conv2d" else {}
+    found = [
+        Problem(operator, (2, c, 5, 7), dtype, layout, **kernel)
+        for dtype in ("float32", "bfloat16")
+        for c in (24, 33)
+        for layout in ("contiguous", "channels_last", "gaps")
+    ]
+    if operator == "layer_norm_2d":
+        found += [Problem(operator, (1, 4104, 2, 3), "bfloat16", layout) for layout in ("contiguous", "channels_last")]
+        found += [Problem(operator, (2, 9, 40), "bfloat16", "tokens", registers=3, residual=True)]
+    if operator == "kelu":
+        found += [Problem(operator, (4099,), dtype) for dtype in ("float32", "bfloat16")]
+    return found
+
+
+def drive(operator: str, backend: str, device: str) -> int:
+    """Run them all; the number of problems run."""
+    for problem in problems(operator):
+        subject = SUBJECTS[operator]
+        inputs = subject.inputs(problem, "cpu")
+        grads = [normal(problem, problem.shape, 10 + i, "cpu") for i in range(2 if problem.residual else 1)]
+        lay = LAYOUTS[problem.layout]
+        moved = [t.to(device) for t in inputs]
+        if problem.layout == "gaps":  # whose strides a copy between devices does not keep
+            moved[0] = lay(moved[0])
+        moved_grads = [g.to(device) for g in grads]
+        differentiate(lambda *t, p=problem, s=subject: s.ours(p, backend, *t), moved, moved_grads)
+    return len(problems(operator))
+
+
+def control(device: str) -> None:
+    """One store far beyond an allocation."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def beyond(pointer):
+        tl.store(pointer + 2**20 + tl.arange(0, 32), 1.0)
+
+    beyond[(1,)](torch.zeros(32, device=device))
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.drive", description=__doc__)
+    parser.add_argument("operator", choices=[*SUBJECTS, CONTROL])
+    parser.add_argument("backend", nargs="?")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    if options.operator == CONTROL:
+        control(options.device)
+        return 0
+    print(f"drove {drive(options.operator, options.backend, options.device)} problems")
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

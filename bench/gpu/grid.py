@@ -1,0 +1,101 @@
+"""Which problems the correctness part solves: sizes on both sides of every border of a kernel, layouts, gradients."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+from .subjects import DTYPES, Problem
+
+FEW_CHANNELS = (1, 2, 3, 7, 8, 16, 17, 33, 64, 96, 250, 256, 384, 512, 768)
+CHANNELS = (*FEW_CHANNELS, 1000, 1024, 1025, 1536, 2048, 2049, 3072, 4096, 4097)
+MANY_CHANNELS = (8191, 8192)
+PIXELS = ((7, 7), (1, 1), (16, 16), (5, 13), (14, 14), (1, 8), (9, 1))
+PICTURES = ("contiguous", "channels_last")
+ODD = ("gaps", "slice", "swapped", "batch last", "image rows")
+GRADS = ("expanded", "expanded per sample", "swapped", "gaps")
+
+
+def _kelu(dtype: str) -> list[Problem]:
+    def p(*shape: int, **more) -> Problem:
+        return Problem("kelu", shape, dtype, **more)
+
+    found = [p(n) for n in (1, 7, 8, 255, 4096, 4097, 65537, 1_000_003)]
+    found += [p(4, 96, h, w, layout=layout) for layout in PICTURES for h, w in ((1, 1), (7, 7), (16, 16))]
+    found += [p(3, 40, 9, 11, layout=layout) for layout in ODD] + [p(3, 21, 40, layout=n) for n in ("gaps", "swapped")]
+    found += [p(3, 40, 9, 11, layout=layout, grad=grad) for layout in PICTURES for grad in GRADS]
+    found += [p(64, 768, 16, 16), p(0, 8, 4, 4), p(3, 0, 4)]
+    return found
+
+
+def _layer_norm(dtype: str) -> list[Problem]:
+    def p(*shape: int, **more) -> Problem:
+        return Problem("layer_norm_2d", shape, dtype, **more)
+
+    sizes = cycle(PIXELS)
+    found = [p(3, c, *next(sizes), layout=layout) for c in CHANNELS for layout in PICTURES]
+    found += [p(2, c, *size, layout=layout) for c in MANY_CHANNELS for size in ((2, 3), (4, 4)) for layout in PICTURES]
+    found += [p(3, c, h, h, layout=layout) for c in (96, 768) for h in (1, 7) for layout in PICTURES]
+    found += [p(2, 21, c, layout="tokens") for c in (1, 24, 768, 1025, 8192)]
+    found += [p(3, 21, 384, layout="tokens", registers=r, residual=e) for r in (0, 5, 21) for e in (False, True)]
+    found += [p(3, 96, 7, 7, layout=layout, residual=True) for layout in (*PICTURES, "image rows")]
+    found += [p(2, 2304, 5, 3, layout=layout, residual=True) for layout in PICTURES]
+    found += [p(3, 40, 9, 11, layout=layout) for layout in ODD] + [p(3, 21, 40, layout=n) for n in ("gaps", "swapped")]
+    found += [p(3, 40, 9, 11, layout=layout, grad=grad) for layout in PICTURES for grad in GRADS]
+    found += [p(3, 21, 40, layout="tokens", registers=5, grad=grad) for grad in GRADS]
+    found += [p(0, 8, 4, 4), p(0, 9, 8, layout="tokens"), p(2, 8, 0, 4)]
+    found += [p(32, 768, 16, 16), p(32, 261, 768, layout="tokens")]
+    if dtype != "float32":
+        found += [p(3, 96, 7, 7, layout=layout, wide_parameters=True) for layout in PICTURES]
+    return list(dict.fromkeys(found))
+
+
+def _convolution(dtype: str) -> list[Problem]:
+    def p(*shape: int, **more) -> Problem:
+        return Problem("depthwise_conv2d", shape, dtype, **{"kernel": 7} | more)
+
+    small, sizes = ((40, 7, 7), (17, 16, 16)), ((1, 1), (14, 14), (5, 23))
+    found = [p(3, *shape, layout=n, kernel=k) for k in (3, 5, 7, 9) for shape in small for n in PICTURES]
+    found += [p(3, c, *size, layout=n) for c in (1, 8, 96, 250) for size in sizes for n in PICTURES]
+    found += [p(3, 16, 9, 11, layout=layout) for layout in ODD]
+    found += [p(3, 16, 9, 11, layout=layout, grad=grad) for layout in PICTURES for grad in GRADS]
+    found += [p(3, r + 20, 48, layout="tokens", registers=r) for r in (0, 5)]
+    found += [p(0, 8, 4, 4), p(16, 384, 16, 16), p(16, 384, 16, 16, layout="channels_last")]
+    return list(dict.fromkeys(found))
+
+
+_GRIDS = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "depthwise_conv2d": _convolution}
+
+
+def problems(operator: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Problem]:
+    """All of an operator's, dtype by dtype."""
+    return [problem for dtype in dtypes for problem in _GRIDS[operator](dtype)]
+
+
+def tiny(operator: str) -> list[Problem]:
+    """A few that take milliseconds even interpreted."""
+    shapes = {
+        "kelu": [
+            Problem("kelu", (2, 5, 3, 4), "bfloat16", "channels_last"),
+            Problem("kelu", (2, 5, 3, 4), "float32", "gaps", "expanded"),
+        ],
+        "layer_norm_2d": [
+            Problem("layer_norm_2d", (2, 5, 3, 4), "float32", "contiguous", "swapped"),
+            Problem("layer_norm_2d", (2, 6, 8), "bfloat16", "tokens", registers=2, residual=True),
+            Problem("layer_norm_2d", (0, 8, 2, 2)),
+        ],
+        "depthwise_conv2d": [Problem("depthwise_conv2d", (2, 5, 4, 4), kernel=3)],
+    }
+    return shapes[operator]
+
+
+def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
+    """For determinism, torch.compile and graphs: a batch of several samples, in the layouts that training uses."""
+    kernel = {"kernel": 7} if operator == "depthwise_conv2d" else {}
+    if rehearsal:
+        return [Problem(operator, (3, 8, 4, 4), "float32", **kernel)]
+    found = [Problem(operator, (5, 96, 7, 7), "float32", **kernel)]
+    found += [Problem(operator, (8, 384, 16, 16), "bfloat16", layout, **kernel) for layout in PICTURES]
+    if operator == "layer_norm_2d":
+        found += [Problem(operator, (2, 2304, 5, 4), "bfloat16", layout) for layout in PICTURES]
+        found += [Problem(operator, (8, 261, 384), "bfloat16", "tokens", registers=5, residual=True)]
+    return found

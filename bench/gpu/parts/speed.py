@@ -1,0 +1,196 @@
+"""Every operator of ``pytest bench`` on the GPU, ours once per backend, against every contender that is right and here.
+
+The benchmark's own harness measures: fp64 gate, inputs rotating beyond the cache, CUDA events, turns in random order.
+What is added here is the floor from the copy bandwidth of the environment part, the goals, and resuming.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import bench
+import sdp_kernels
+from bench import peers, report
+from bench.cases import PASSES, Case, Contender, Operator
+from bench.gpu import goals, machine
+from bench.gpu.part import Failure, Item, Setting
+from bench.gpu.subjects import GPU_BACKENDS
+from bench.harness import Harness
+from sdp_kernels.backends import every_reason
+
+ORDER = 40
+TITLE = "speed against PyTorch, torch.compile and other libraries; time over the measured floor; the goals"
+BUDGET = 460
+SECONDS = 1.0
+ROW = {
+    "operator": str,
+    "contender": str,
+    "kind": ("ours", "peer", "yardstick"),
+    "pass": PASSES,
+    "median": float,
+    "*": any,
+}
+LEFT_OUT = {"case": str, "contender": str, "kind": str, "status": ("unusable", "wrong"), "reason": str}
+RESULT = {"rows": [ROW], "not_timed": [LEFT_OUT]}
+REPORT = "speed.report.json"
+TINY = {"tokens": (2, 5, 8), "contiguous": (2, 8, 4, 4), "channels_last": (2, 8, 4, 4)}
+
+
+@dataclass(frozen=True)
+class OnDevice(Case):
+    """A case whose tensors are made on its device: drawing hundreds of millions of numbers on a CPU takes minutes."""
+
+    def random(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        there = torch.Generator(self.device).manual_seed(seed)
+        made = (torch.randn(self.shape, generator=there, device=self.device) * scale).to(self.dtype)
+        return made.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else made
+
+
+def operators() -> dict[str, tuple[Operator, list[Case]]]:
+    """Operator → what ``pytest bench`` knows of it and its GPU problems, from every file ``bench/test_*.py``."""
+    found = {}
+    for entry in pkgutil.iter_modules(bench.__path__):
+        if entry.name.startswith("test_"):
+            module = importlib.import_module(f"bench.{entry.name}")
+            problems = list(dict.fromkeys(case.problem for case in module.CASES["all"]["cuda"]))
+            found[module.OPERATOR.name] = (module.OPERATOR, problems)
+    return found
+
+
+def cases(setting: Setting) -> list[Item]:
+    """One item per problem: its three passes share what is compiled and checked. bf16 first, that is what trains."""
+    found = []
+    for name, (_, problems) in operators().items():
+        if setting.rehearsal:
+            problems = [_tiny(problems[-1])]
+        for case in problems:
+            if ours(setting, name, case.dtype):
+                arguments = {k: getattr(case, k) for k in ("shape", "layout", "registers")}
+                arguments |= {"operator": name, "dtype": case.dtype_name}
+                found.append(Item(case.name.removesuffix("-both"), arguments, 240, setting.variant))
+    return sorted(found, key=lambda item: item.arguments["dtype"] != "bfloat16")
+
+
+def _tiny(case: Case) -> Case:
+    return replace(case, shape=TINY[case.layout], registers=min(case.registers, 1), device="cpu")
+
+
+def ours(setting: Setting, operator: str, dtype: torch.dtype) -> list[str]:
+    """Backends to be timed, in the order of automatic choice."""
+    wanted = GPU_BACKENDS if not setting.rehearsal else ("triton",) if setting.variant == "interpreter" else ("cpu",)
+    reasons = every_reason(operator, setting.device, dtype)
+    return [name for name in wanted if not reasons[name]]
+
+
+def contenders(setting: Setting, operator: Operator, case: Case) -> list[Contender]:
+    """Ours once per backend, then everybody who can take part here; the interpreter has nobody's speed to compare."""
+    present = {peer.name for peer in peers.survey(setting.device) if peer.reason is None}
+    found: list[Contender] = []
+    for contender in operator.contenders:
+        if case.layout not in contender.layouts or (contender.name in peers.DEVICES and contender.name not in present):
+            continue
+        if contender.kind != "ours":
+            if setting.variant == "plain" or contender.name == operator.eager:
+                found.append(contender)
+            continue
+        found += [
+            replace(contender, name=f"ours ({backend})", build=_on(backend, contender))
+            for backend in ours(setting, operator.name, case.dtype)
+        ]
+    return found
+
+
+def _on(backend: str, contender: Contender):
+    def build(case: Case):
+        function = contender.build(case)
+
+        def on_backend(*tensors: Tensor) -> Tensor:
+            with sdp_kernels.use_backend(backend):
+                return function(*tensors)
+
+        return on_backend
+
+    return build
+
+
+def run(setting: Setting, operator: str, shape: list[int], dtype: str, layout: str, registers: int) -> dict:
+    """All passes and contenders of one problem. Failure where ours is wrong or crashes: then it has no time."""
+    known = operators()[operator][0]
+    problem = OnDevice(operator, tuple(shape), getattr(torch, dtype), layout, "both", setting.device, registers)
+    rivals = contenders(setting, known, problem)
+    rows, left_out = [], []
+    with machine.stand_ins(setting):
+        harness = Harness(0.0 if setting.rehearsal else SECONDS)
+        for which in PASSES:
+            case = replace(problem, which=which)
+            for contender in rivals:
+                row, reason = _one(harness, known, rivals, contender, case)
+                if reason:
+                    told = {"case": case.name, "contender": contender.name, "kind": contender.kind}
+                    left_out.append(told | {"status": reason[0], "reason": reason[1]})
+                else:
+                    rows.append(_with_floor(row, setting))
+    result = {"rows": rows, "not_timed": left_out}
+    if wrong := [r for r in left_out if r["kind"] == "ours"]:
+        told = "; ".join(f"{r['contender']} is {r['status']} in {r['case']}: {r['reason']}" for r in wrong)
+        raise Failure(told[:1500], result)
+    return result
+
+
+def _one(harness: Harness, operator: Operator, rivals: list[Contender], contender: Contender, case: Case):
+    """(row, None), or (None, (status, reason)) for who may not be timed."""
+    checked = harness.check(operator, contender, case)
+    if checked.function is None:
+        return None, ("unusable", checked.reason or "no reason given")
+    if wrong := harness.wrong(operator, checked, case):
+        return None, ("wrong", wrong)
+    return harness.record(operator, rivals, contender, case), None
+
+
+def _with_floor(row: dict, setting: Setting) -> dict:
+    """The row with its floor from the environment part's bandwidth; the same run's copy stays beside it."""
+    row = row | {"time_over_copy_in_this_run": row["time_over_floor"], "floor_from": "a copy in the same run"}
+    if row["kind"] == "ours":
+        row["backend"] = row["contender"].removeprefix("ours (").removesuffix(")")
+    bandwidth = setting.facts.get("environment", {}).get("copy_bytes_per_second")
+    if bandwidth:
+        floor = row["bytes"] / bandwidth
+        row |= {"floor": floor, "time_over_floor": row["median"] / floor, "copy_bytes_per_second": bandwidth}
+        row["floor_from"] = "the environment part's copy"
+    return row
+
+
+def as_report(results: list[dict], environment: dict) -> dict:
+    """What ``python -m bench.report`` reads."""
+    rows = [row for result in results for row in result["rows"]]
+    return {
+        "machine_info": environment,
+        "commit_info": environment.get("commit", {}),
+        "benchmarks": [{"group": report.case_name(row), "name": row["contender"], "extra_info": row} for row in rows],
+        "not_timed": [row for result in results for row in result["not_timed"]],
+        "peers": [vars(peer) for peer in peers.survey("cuda")],
+    }
+
+
+def files(file: dict, setting: Setting) -> dict[str, str]:
+    results = [record["result"] for record in file["records"] if record["status"] == "ok"]
+    if not results:
+        return {}
+    made = as_report(results, file["environment"])
+    report.markdown(made)  # what it can't render, nobody should find later
+    return {REPORT: json.dumps(made, indent=1, allow_nan=False) + "\n"}
+
+
+def summary(results: dict[str, dict], setting: Setting) -> dict:
+    """The goals, and ours against the best peer in each case."""
+    rows = [row for result in results.values() for row in result["rows"]]
+    found = goals.judged(rows)
+    lines = [*report.summary_table(rows), "", "goals (time ÷ floor)", *goals.lines(found)] if rows else []
+    return {"lines": lines, "goals": found}

@@ -1,0 +1,182 @@
+"""Runs the cases of a part that have no record yet, in workers, within the time there is."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from .part import Item, Setting
+from .pool import Crew
+from .schema import SchemaError, check
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When no further case is begun."""
+
+    end: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def earlier(self, seconds: float) -> Deadline:
+        return Deadline(min(self.end, time.monotonic() + seconds))
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    part: str
+    counts: dict[str, int] = field(default_factory=dict)
+    planned: int = 0
+    new: int = 0
+    seconds: float = 0.0
+    trouble: str | None = None
+    """Why its cases could not even be listed."""
+
+    @property
+    def complete(self) -> bool:
+        return self.trouble is None and sum(self.counts.values()) == self.planned
+
+    @property
+    def well(self) -> bool:
+        return self.trouble is None and not any(n for s, n in self.counts.items() if s not in ("ok", "unavailable"))
+
+    def line(self) -> str:
+        """The outcome in one line."""
+        counted = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items())) or "nothing done"
+        rest = self.planned - sum(self.counts.values())
+        more = f"; {rest} to go, run it again" if rest else ""
+        return f"{self.part}: {self.trouble or counted + more} ({self.new} new in {self.seconds:.0f} s)"
+
+
+def list_cases(part: ModuleType, setting: Setting, crew: Crew) -> list[Item]:
+    """All cases, each variant's from a worker of its kind. Raises RuntimeError where a worker can't tell."""
+    items: list[Item] = []
+    for variant in setting.variants:
+        reply = crew.ask("bench.gpu.part:listed", setting.of(variant), {"module": part.__name__})
+        if reply["status"] != "ok":
+            raise RuntimeError(f"its cases could not be listed: {reply['error']}")
+        mark = f" ({variant})" if variant != "plain" else ""
+        items += [Item(**item | {"id": item["id"] + mark}) for item in reply["result"]]
+    twice = {item.id for item in items if sum(other.id == item.id for other in items) > 1}
+    if twice:
+        raise RuntimeError(f"cases of the same name: {', '.join(sorted(twice))}")
+    return items
+
+
+def run_item(part: ModuleType, item: Item, setting: Setting, crew: Crew) -> dict:
+    """The record of one case."""
+    start = time.monotonic()
+    reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), item.arguments, item.timeout)
+    if item.renew:
+        crew.dismiss()
+    if reply["status"] == "ok":
+        try:
+            check(reply["result"], part.RESULT, "result")
+        except SchemaError as error:
+            reply.update(status="error", error=f"the part broke its own schema: {error}", result=None)
+    record = {key: reply[key] for key in ("status", "result", "error")}
+    return {"id": item.id, "seconds": round(time.monotonic() - start, 3), **record}
+
+
+def run_part(
+    part: ModuleType,
+    store: Store,
+    setting: Setting,
+    deadline: Deadline,
+    *,
+    retry: bool = False,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run what is missing until done or out of time. ``retry``: also what did not end well before.
+
+    A case that fails, crashes or hangs becomes a record, and the part goes on. Interrupting loses what is in flight.
+    """
+    outcome, start, crew = Outcome(store.content["part"]), time.monotonic(), Crew()
+    deadline = deadline.earlier(part.BUDGET)
+    try:
+        try:
+            items = list_cases(part, setting, crew)
+        except RuntimeError as error:
+            outcome.trouble = str(error)
+            return outcome
+        again = {item.id for item in items if item.again}
+        if retry:
+            again |= {r["id"] for r in store.content["records"] if r["status"] not in ("ok", "unavailable")}
+        # What was unavailable may have become possible.
+        again |= {r["id"] for r in store.content["records"] if r["status"] == "unavailable"}
+        store.plan([item.id for item in items], again)
+        todo = [item for item in items if item.id not in store.done]
+        _work(part, store, setting, deadline, crew, todo, outcome, say)
+        outcome.planned = len(items)
+    finally:
+        crew.dismiss()
+    for record in store.content["records"]:
+        outcome.counts[record["status"]] = outcome.counts.get(record["status"], 0) + 1
+    _summarise(part, store, setting, outcome)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def _work(part, store, setting, deadline, crew, todo: list[Item], outcome: Outcome, say) -> None:
+    lock, stop = threading.Lock(), threading.Event()
+
+    def loop(queue: list[Item], crew: Crew) -> None:
+        while not stop.is_set():
+            with lock:
+                if not queue or deadline.over:
+                    return
+                item = queue.pop(0)
+            record = run_item(part, item, setting, crew)
+            if stop.is_set():
+                return  # ended from outside, which is no finding about the case
+            with lock:
+                store.add(record)
+                outcome.new += 1
+                say(f"  {record['status']:<11} {record['seconds']:7.1f} s  {item.id}" + _reason(record))
+
+    shared, alone = ([item for item in todo if item.alone is is_alone] for is_alone in (False, True))
+    hands = min(getattr(part, "PARALLEL", 1), max(1, (os.cpu_count() or 1) // 2), max(1, len(shared)))
+    crews = [crew, *(Crew() for _ in range(hands - 1))]
+    threads = [threading.Thread(target=loop, args=(shared, c), daemon=True) for c in crews[1:]]
+    try:
+        for thread in threads:
+            thread.start()
+        loop(shared, crew)
+        for thread in threads:
+            thread.join()
+        for other in crews[1:]:
+            other.dismiss()
+        loop(alone, crew)
+    finally:
+        stop.set()
+        for other in crews[1:]:
+            other.dismiss()
+
+
+def _reason(record: dict) -> str:
+    return f": {record['error'].splitlines()[0][:160]}" if record["error"] else ""
+
+
+def _summarise(part: ModuleType, store: Store, setting: Setting, outcome: Outcome) -> None:
+    summary = getattr(part, "summary", None)
+    if summary is None:
+        return
+    good = {record["id"]: record["result"] for record in store.content["records"] if record["status"] == "ok"}
+    try:
+        store.summarise(summary(good, setting))
+    except Exception as error:  # the records are worth more than their summary
+        store.summarise(None)
+        outcome.trouble = f"its summary failed: {type(error).__name__}: {error}"

@@ -1,0 +1,236 @@
+"""The operators under test: how their inputs are made, what they compute, and the same in plain PyTorch.
+
+A new operator with kernels needs an entry here; a test says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+import sdp_kernels
+from bench.baselines import layer_norm_permuted, layer_norm_tokens
+from sdp_kernels import reference
+from sdp_kernels.backends import BACKENDS, every_reason
+
+from .judge import accumulator
+from .part import Setting
+
+EPS = 1e-6
+GPU_BACKENDS = ("cuda", "triton")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator on one tensor. ``layout`` and ``grad`` name memory layouts (see LAYOUTS, GRADIENTS)."""
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    grad: str = "like y"
+    registers: int = 0
+    residual: bool = False
+    kernel: int = 0
+    wide_parameters: bool = False
+
+    @property
+    def name(self) -> str:
+        extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
+        extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
+        extra += [f"gradient {self.grad}"] * (self.grad != "like y")
+        return " ".join([self.operator, "x".join(map(str, self.shape)), self.dtype, self.layout, *extra])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1] if len(self.shape) == 4 else self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return torch.Size(self.shape).numel() // max(1, self.channels)
+
+    def json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, arguments: dict) -> Problem:
+        return cls(**arguments | {"shape": tuple(arguments["shape"])})
+
+
+def _gaps(x: Tensor) -> Tensor:
+    buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+    buffer[..., ::2] = x
+    return buffer[..., ::2]
+
+
+def _slice(x: Tensor) -> Tensor:
+    buffer = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), float("nan"))
+    view = buffer[:, 1:-2]
+    view.copy_(x)
+    return view
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "tokens": lambda x: x.contiguous(),
+    "gaps": _gaps,
+    "slice": _slice,
+    "swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "batch last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "image rows": lambda x: (  # of a token buffer: channels last, with a batch stride of more than C · H · W
+        _slice(x.flatten(2).transpose(1, 2).contiguous()).unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2)
+    ),
+}
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "like y": lambda g: g,
+    "expanded": lambda g: g.reshape(-1)[:1].reshape([1] * g.dim()).expand_as(g),
+    "expanded per sample": lambda g: g[(slice(None), *[slice(0, 1)] * (g.dim() - 1))].expand_as(g),
+    "swapped": LAYOUTS["swapped"],
+    "gaps": _gaps,
+}
+
+
+def normal(problem: Problem, shape: tuple[int, ...], seed: int, device: str, scale: float = 1.0) -> Tensor:
+    """Normal values of the problem's dtype, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) * scale).to(problem.torch_dtype)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``inputs(problem, device)`` → leaves, x first; ``ours(problem, backend, *inputs)``, ``plain(problem, *inputs)`` →
+    outputs; ``slack(problem, inputs)`` → absolute errors that conditioning explains, outputs first, then gradients."""
+
+    inputs: Callable[[Problem, str], list[Tensor]]
+    ours: Callable[..., tuple[Tensor, ...]]
+    plain: Callable[..., tuple[Tensor, ...]]
+    slack: Callable[[Problem, list[Tensor]], list[float]]
+    parameters: int
+    """How many of the inputs, behind x, are summed over all rows in the backward pass."""
+
+
+def _kelu_inputs(problem: Problem, device: str) -> list[Tensor]:
+    return [LAYOUTS[problem.layout](normal(problem, problem.shape, 1, device, 2.0))]
+
+
+KELU = Subject(
+    inputs=_kelu_inputs,
+    ours=lambda problem, backend, x: (sdp_kernels.kelu(x, backend=backend),),
+    plain=lambda problem, x: (reference.kelu.kelu(x),),
+    slack=lambda problem, inputs: [0.0, 0.0],
+    parameters=0,
+)
+
+
+def _norm_inputs(problem: Problem, device: str) -> list[Tensor]:
+    lay, c = LAYOUTS[problem.layout], (problem.channels,)
+    x = lay(normal(problem, problem.shape, 1, device, 2.0))
+    parameters = [1 + 0.2 * normal(problem, c, 2, device).float(), normal(problem, c, 3, device).float()]
+    parameters = [p.to(torch.float32 if problem.wide_parameters else problem.torch_dtype) for p in parameters]
+    return [x, *parameters, *([lay(normal(problem, problem.shape, 4, device))] if problem.residual else [])]
+
+
+def _norm_ours(problem: Problem, backend: str, x, weight, bias, residual=None) -> tuple[Tensor, ...]:
+    options = {"registers": problem.registers, "residual": residual, "backend": backend}
+    y = sdp_kernels.layer_norm_2d(x, weight, bias, EPS, **options)
+    return y if residual is not None else (y,)
+
+
+def _norm_plain(problem: Problem, x, weight, bias, residual=None) -> tuple[Tensor, ...]:
+    total = x if residual is None else x + residual
+    if weight.dtype != x.dtype:
+        y = reference.layer_norm_2d.layer_norm_2d(total, weight, bias, EPS, problem.registers)
+    elif x.dim() == 4:
+        y = layer_norm_permuted(total, weight, bias, EPS)
+    else:
+        y = layer_norm_tokens(total, weight, bias, EPS, problem.registers)
+    return (y,) if residual is None else (total, y)
+
+
+def _norm_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
+    """x is known to eps · |x| only, which the division by the standard deviation magnifies."""
+    x, weight = inputs[0], inputs[1]
+    if x.numel() == 0:
+        return [0.0] * 8
+    total = x.double() + (inputs[3].double() if problem.residual else 0.0)
+    rstd = (total.var(1 if x.dim() == 4 else 2, correction=0) + EPS).rsqrt().max().item()
+    unit = torch.finfo(accumulator(x.dtype)).eps
+    magnified, w = 8 * unit * total.abs().max().item() * rstd, weight.abs().max().item()
+    g = 5.0  # a gradient's largest value
+    gradients = [w * g * rstd * max(magnified, 8 * unit), g * problem.rows**0.5 * magnified, 0.0]
+    outputs = [w * magnified] * (2 if problem.residual else 1)
+    return [*outputs, *gradients, *(gradients[:1] if problem.residual else [])]
+
+
+LAYER_NORM = Subject(_norm_inputs, _norm_ours, _norm_plain, _norm_slack, parameters=2)
+
+
+def _grid(problem: Problem) -> tuple[int, int] | None:
+    if len(problem.shape) == 4:
+        return None
+    image = problem.shape[1] - problem.registers
+    height = max(h for h in range(1, int(image**0.5) + 1) if image % h == 0)
+    return height, image // height
+
+
+def _conv_inputs(problem: Problem, device: str) -> list[Tensor]:
+    x = LAYOUTS[problem.layout](normal(problem, problem.shape, 1, device))
+    weight = normal(problem, (problem.channels, 1, problem.kernel, problem.kernel), 2, device, 1 / problem.kernel)
+    return [x, weight, normal(problem, (problem.channels,), 3, device)]
+
+
+CONVOLUTION = Subject(
+    inputs=_conv_inputs,
+    ours=lambda problem, backend, *inputs: (
+        sdp_kernels.depthwise_conv2d(*inputs, grid=_grid(problem), registers=problem.registers, backend=backend),
+    ),
+    plain=lambda problem, *inputs: (
+        reference.depthwise_conv2d.depthwise_conv2d(*inputs, grid=_grid(problem), registers=problem.registers),
+    ),
+    slack=lambda problem, inputs: [0.0] * 4,
+    parameters=2,
+)
+SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION}
+
+
+def backends(setting: Setting, operator: str, dtype: str = "float32") -> list[str]:
+    """Those to be tested in this process, in the order of automatic choice: the GPU's, or in a rehearsal what runs."""
+    if setting.variant == "interpreter":
+        wanted: tuple[str, ...] = ("triton",)
+    elif setting.rehearsal:
+        wanted = ("cpu",) if BACKENDS["cpu"].absent is None else ("reference",)
+    else:
+        wanted = GPU_BACKENDS
+    reasons = every_reason(operator, setting.device, DTYPES[dtype])
+    return [name for name in wanted if not reasons[name]]
+
+
+def missing(setting: Setting, operator: str) -> dict[str, str]:
+    """GPU backend → why it can't run the operator here."""
+    reasons = every_reason(operator, setting.device, torch.float32)
+    return {name: "; ".join(reasons[name]) for name in GPU_BACKENDS if reasons[name]}
+
+
+def differentiate(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients of all inputs), strides of the inputs kept."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(y.dtype) for g, y in zip(grads, outputs)])
+    return [y.detach() for y in outputs], list(gradients)
+
+
+def gradients_for(problem: Problem, device: str) -> list[Tensor]:
+    """One per output, laid out as the problem says."""
+    count = 2 if problem.residual else 1
+    lay = GRADIENTS[problem.grad] if 0 not in problem.shape else GRADIENTS["like y"]
+    made = [LAYOUTS[problem.layout](normal(problem, problem.shape, 10 + i, device)) for i in range(count)]
+    return [lay(g) for g in made]

@@ -1,0 +1,90 @@
+"""The process that cases run in: reads a request per line, answers with a line. ``python -m bench.gpu.worker``
+
+A request names a function of a module; it is called with the setting and its arguments. Whatever the code under test
+prints goes to stderr. A fault of the GPU makes the whole process useless; the answer then says "poisoned".
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from .part import Failure, Setting, Unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTS = ("CUDA error", "AcceleratorError", "CUDNN_STATUS")
+
+
+def scrubbed(text: str) -> str:
+    """Text without this machine's folders: results are published."""
+    places = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
+    places[str(Path.home())] = "~"
+    for place, name in sorted(places.items(), key=lambda item: -len(item[0])):
+        if len(place) > 1:
+            text = text.replace(place, name)
+    return text
+
+
+def _settle() -> None:
+    """Wait for the GPU, so that a fault is blamed on the case that caused it, and give the memory back."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _is_fault(error: BaseException) -> bool:
+    text = f"{type(error).__name__}: {error}"
+    return "out of memory" not in text and any(sign in text for sign in FAULTS)
+
+
+def _told(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
+    return scrubbed(f"{type(error).__name__}: {str(error).strip()[:1500]}{place}")
+
+
+def answer(request: dict) -> dict:
+    """Call what the request names; every outcome is an answer."""
+    reply: dict = {"status": "ok", "result": None, "error": None, "poisoned": False}
+    try:
+        module, _, function = request["call"].partition(":")
+        arguments = request.get("arguments", {})
+        reply["result"] = getattr(importlib.import_module(module), function)(Setting(**request["setting"]), **arguments)
+        _settle()
+    except Failure as failure:
+        reply.update(status="failed", error=scrubbed(str(failure)), result=failure.result)
+    except Unavailable as reason:
+        reply.update(status="unavailable", error=scrubbed(str(reason)))
+    except Exception as error:
+        reply.update(status="error", error=_told(error), result=None, poisoned=_is_fault(error))
+        error.__traceback__ = None  # which holds tensors
+    if reply["status"] != "ok":
+        try:
+            _settle()
+        except Exception as error:
+            reply.update(status="error", error=f"{reply['error']}; then {_told(error)}", poisoned=True)
+    return reply
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            text = json.dumps(answer(json.loads(line)), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            text = json.dumps({"status": "error", "result": None, "error": _told(error), "poisoned": False})
+        answers.write(text + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

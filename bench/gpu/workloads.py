@@ -1,0 +1,104 @@
+"""What a configuration is timed on: for each entry of Triton's table a call that uses it, on tensors beyond the cache.
+
+An entry without a workload is listed as such by the part, so that a new kernel's entries are not silently left untuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BYTES = 96 * 2**20
+"""Of one tensor; a set has two or three, and four sets take turns."""
+SETS = 4
+
+
+class NoWorkloadError(ValueError):
+    """The table's entry is of a kind that nobody has described here."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``make(seed)`` → one set of tensors, ``call(*tensors)`` → the outputs that a configuration must not change."""
+
+    make: Callable[[int], list[Tensor]]
+    call: Callable[..., list[Tensor]]
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def _kelu(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:
+    from sdp_kernels.triton import kelu
+
+    views: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+        "dense": ((elements,), lambda x: x),
+        "line": ((elements, 2), lambda x: x[:, 0]),
+        "narrow": ((elements // 7, 9), lambda x: x[:, :7]),
+        "square": ((max(1, elements // 4096), 64, 64), lambda x: x),
+    }
+    if key[2] not in views:
+        raise NoWorkloadError(f"no workload for KeLü's {key[2]!r}")
+    shape, view = views[key[2]]
+
+    def make(seed: int) -> list[Tensor]:
+        x = view(_normal(shape, dtype, device, seed))
+        g = x.transpose(-1, -2).contiguous().transpose(-1, -2) if key[2] == "square" else x
+        if key[2] == "square" and key[1] == "forward":
+            x = torch.as_strided(x, x.shape, (x.stride(0), 1, 64))[:, :, :63]  # neither dense nor a line
+        return [g, x]
+
+    if key[1] == "forward":
+        return Workload(make, lambda g, x: [kelu.kelu_fwd(x)])
+    return Workload(make, lambda g, x: [kelu.kelu_bwd(g, x)])
+
+
+def _channels(key: list[str]) -> int:
+    """As many as the entry is for: a power of two, of which the models use three quarters (768 of 1024)."""
+    if key[1] in ("forward", "backward"):
+        return int(key[3]) * 3 // 4
+    if key[1] == "add_partials":
+        return 768 if key[2] == "narrow" else 1536
+    return 16384
+
+
+def _layer_norm(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:
+    from sdp_kernels.triton import layer_norm_2d
+
+    channels, side = _channels(key), 16 if elements > 2**20 else 4
+    shape = (max(2, elements // (channels * side * side)), channels, side, side)
+    columns = "columns" in key
+
+    def make(seed: int) -> list[Tensor]:
+        tensors = [_normal(shape, dtype, device, seed + i) for i in range(2)]
+        if not columns:
+            tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+        weight = _normal((channels,), torch.float32, device, seed + 2)
+        x = tensors[1].float()
+        mean, rstd = x.mean(1), (x.var(1, correction=0) + 1e-6).rsqrt()
+        return [*tensors, weight, mean, rstd]
+
+    if key[1] in ("forward", "statistics", "normalise"):
+        return Workload(
+            make, lambda g, x, w, mean, rstd: list(layer_norm_2d.layer_norm_2d_fwd(x, None, w, w, 1e-6, 0)[:3])
+        )
+    if key[1] in ("backward", "row_means", "apply", "add_partials"):
+        return Workload(
+            make, lambda g, x, w, mean, rstd: list(layer_norm_2d.layer_norm_2d_bwd(g, None, x, w, mean, rstd, 0))
+        )
+    raise NoWorkloadError(f"no workload for layer_norm_2d's {key[1]!r}")
+
+
+def workload(entry: str, device: str, *, tiny: bool) -> Workload:
+    """Of the table's entry "operator/kernel/…/16bit". Raises NoWorkloadError."""
+    key = entry.split("/")
+    dtype = torch.bfloat16 if key[-1] == "16bit" else torch.float32
+    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm}
+    if key[0] not in makers:
+        raise NoWorkloadError(f"no workload for the operator {key[0]!r}")
+    return makers[key[0]](key, dtype, device, 512 if tiny else BYTES // dtype.itemsize)

@@ -1,6 +1,7 @@
 // What kernels share within a block: dynamic shared memory by name and sums over lanes. No torch.
 //
-// All shared memory is dynamic, its size a host function's result, so that the emulator can poison it and watch its end.
+// All shared memory is dynamic, its size a host function's result, so that the emulator can poison it and watch its
+// end.
 #pragma once
 #include <cstdint>
 
@@ -20,14 +21,16 @@ struct LaunchGeometry {
   int64_t shared;
 };
 
-// Shared memory of the device in bytes: at most for one block, and of a whole multiprocessor.
+// Shared memory of the device in bytes: at most for one block, and of a whole multiprocessor. Of multiprocessors every
+// device counts as an H200: how sums are split over blocks must depend on shapes alone.
 struct DeviceLimits {
   int64_t block_shared, multiprocessor_shared;
+  int64_t multiprocessors = 132;
 };
 constexpr int64_t kReservedShared = 1024;  // the runtime's own, for every resident block
 
-// Sum over the lanes whose numbers differ in the bits from `first` up to, not including, `end` (powers of two): the same
-// bits in every lane, since addition commutes.
+// Sum over the lanes whose numbers differ in the bits from `first` up to, not including, `end` (powers of two): the
+// same bits in every lane, since addition commutes.
 template <class A>
 __device__ __forceinline__ A sum_lanes(A value, int first, int end) {
   for (int bit = first; bit < end; bit *= 2) value += __shfl_xor_sync(kAllLanes, value, bit);

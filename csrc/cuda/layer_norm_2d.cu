@@ -38,7 +38,6 @@ Tensor dense(const Tensor& parameter) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                                              const Tensor& weight, const Tensor& bias, double eps,
                                                              int64_t registers) {
-  STD_TORCH_CHECK(weight.scalar_type() == bias.scalar_type(), "layer_norm_2d_fwd: weight and bias must be of one dtype");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
@@ -50,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   c.x = view_of(x), c.y = view_of(y);
   if (residual) c.residual = view_of(*residual), c.sum = view_of(sum);
   c.weight = dense_weight.const_data_ptr(), c.bias = dense_bias.const_data_ptr();
-  c.wide = weight.scalar_type() == ScalarType::Float;
+  c.wide_weight = weight.scalar_type() == ScalarType::Float, c.wide_bias = bias.scalar_type() == ScalarType::Float;
   c.mean = static_cast<float*>(mean.mutable_data_ptr()), c.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -75,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   c.x = view_of(x), c.grad = view_of(grad), c.dx = view_of(dx);
   if (grad_sum) c.grad_sum = view_of(*grad_sum);
   c.weight = dense_weight.const_data_ptr();
-  c.wide = weight.scalar_type() == ScalarType::Float;
+  c.wide_weight = weight.scalar_type() == ScalarType::Float;
   c.mean = static_cast<float*>(const_cast<void*>(mean.const_data_ptr()));
   c.rstd = static_cast<float*>(const_cast<void*>(rstd.const_data_ptr()));
   dispatch_dtype(x, [&](auto zero) {
@@ -89,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
       layer_norm_2d_backward<T>(c, plan, static_cast<W*>(dweight.mutable_data_ptr()),
                                 static_cast<W*>(dbias.mutable_data_ptr()), launcher);
     };
-    if (c.wide) run(static_cast<float*>(nullptr));
+    if (c.wide_weight) run(static_cast<float*>(nullptr));
     else run(static_cast<T*>(nullptr));
   });
   return {dx, dweight, dbias};

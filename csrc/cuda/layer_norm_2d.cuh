@@ -1,12 +1,12 @@
 // LayerNorm over channels, forward and backward: which kernel runs, with what geometry. No torch and no <<<>>> here:
 // `launch(kernel, geometry, arguments...)` is the caller's, so that the emulator runs what a GPU would.
 //
-// Bytes per element of s bytes: forward 2s (4s with residual), backward 3s (4s with grad_sum), plus 8 bytes per pixel of
-// statistics and at most 792 · 16 bytes per channel of partial sums. Where channels times 8 pixels don't fit on chip, NCHW
-// reads x (and grad) a second time.
+// Bytes per element of s bytes: forward 2s (4s with residual), backward 3s (4s with grad_sum), plus 8 bytes per pixel
+// of statistics and at most 792 · 16 bytes per channel of partial sums. Where channels times 8 pixels don't fit on
+// chip, NCHW reads x (and grad) a second time.
 #pragma once
 #include "cuda/layer_norm_2d_columns.cuh"
-#include "cuda/layer_norm_2d_rows.cuh"
+#include "cuda/layer_norm_2d_row_kernels.cuh"
 
 namespace sdp {
 
@@ -39,11 +39,11 @@ LayerNormPlan layer_norm_plan(LayerNormCase<Accumulator<T>>& c, bool backward, c
     if (c.channels <= kTeamChannels) {
       plan.shape = LayerNormShape::kTeams;
       plan.team = team_shape<T>(c.channels);
-      plan.geometry = backward ? team_backward_geometry(c.rows, plan.team, c.channels, wide)
+      plan.geometry = backward ? team_backward_geometry(c.rows, plan.team, c.channels, wide, device)
                                : team_forward_geometry(c.rows, plan.team);
     } else {
       plan.shape = LayerNormShape::kBlocks;
-      plan.geometry = backward ? block_backward_geometry(c.rows, c.channels, wide)
+      plan.geometry = backward ? block_backward_geometry(c.rows, c.channels, wide, device)
                                : block_forward_geometry(c.rows, c.channels, wide);
     }
     return plan;
@@ -51,11 +51,12 @@ LayerNormPlan layer_norm_plan(LayerNormCase<Accumulator<T>>& c, bool backward, c
   plan.shape = LayerNormShape::kColumns;
   plan.packed = c.pixels % size == 0 && c.width == c.pixels && c.registers == 0;
   c.each_view([&](PictureView& v) {
-    plan.packed = plan.packed && v.column == 1 && v.batch % size == 0 && v.channel % size == 0 && aligned_to(v.data, 16);
+    plan.packed =
+        plan.packed && v.column == 1 && v.batch % size == 0 && v.channel % size == 0 && aligned_to(v.data, 16);
   });
   plan.columns = column_plan<T>(c.channels, backward ? 2 : 1, device);
   plan.geometry =
-      backward ? column_backward_geometry(c.rows, plan.columns) : column_forward_geometry(c.rows, plan.columns);
+      backward ? column_backward_geometry(c.rows, plan.columns, device) : column_forward_geometry(c.rows, plan.columns);
   return plan;
 }
 
@@ -83,7 +84,8 @@ void layer_norm_2d_forward(const LayerNormCase<Accumulator<T>>& c, const LayerNo
     return launch(plan.packed ? &layer_norm_block_fwd<T, true> : &layer_norm_block_fwd<T, false>, g, c);
   constexpr int N = kPackSize<T>;
   if (plan.columns.on_chip)
-    return launch(plan.packed ? &layer_norm_columns_fwd<T, N, true> : &layer_norm_columns_fwd<T, 1, true>, g, c, plan.columns);
+    return launch(plan.packed ? &layer_norm_columns_fwd<T, N, true> : &layer_norm_columns_fwd<T, 1, true>, g, c,
+                  plan.columns);
   launch(plan.packed ? &layer_norm_columns_fwd<T, N, false> : &layer_norm_columns_fwd<T, 1, false>, g, c, plan.columns);
 }
 
@@ -107,7 +109,8 @@ void layer_norm_2d_backward(const LayerNormCase<Accumulator<T>>& c, const LayerN
   } else if (plan.columns.on_chip) {
     launch(plan.packed ? &layer_norm_columns_bwd<T, N, true> : &layer_norm_columns_bwd<T, 1, true>, g, c, plan.columns);
   } else {
-    launch(plan.packed ? &layer_norm_columns_bwd<T, N, false> : &layer_norm_columns_bwd<T, 1, false>, g, c, plan.columns);
+    launch(plan.packed ? &layer_norm_columns_bwd<T, N, false> : &layer_norm_columns_bwd<T, 1, false>, g, c,
+           plan.columns);
   }
   const A* partial = c.partial;
   launch(&layer_norm_sums<A, W>, layer_norm_sums_geometry(c.channels, sizeof(A)), partial, g.blocks,

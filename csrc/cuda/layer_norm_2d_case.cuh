@@ -7,7 +7,8 @@
 
 namespace sdp {
 
-// A tensor (B, C, H, W) by strides in elements; a token buffer (B, T, C) has H = 1, W = T. No data: the tensor is absent.
+// A tensor (B, C, H, W) by strides in elements; a token buffer (B, T, C) has H = 1, W = T. No data: the tensor is
+// absent.
 struct PictureView {
   void* data = nullptr;
   int64_t batch = 0, channel = 0, row = 0, column = 0;
@@ -36,8 +37,8 @@ struct LayerNormCase {
   A eps;
   PictureView x, residual, y, sum;    // forward: residual and sum may be absent
   PictureView grad, grad_sum, dx;     // backward (x too): grad_sum may be absent
-  const void *weight, *bias;          // (C,) of the accumulator's type if `wide`, else of x's
-  bool wide;
+  const void *weight, *bias;          // (C,) of the accumulator's type if `wide_...`, else of x's
+  bool wide_weight, wide_bias;
   A *mean, *rstd;                     // (rows,)
   A* partial;                         // backward: (blocks, 2, C) sums for dweight and dbias
 
@@ -115,12 +116,10 @@ __device__ __forceinline__ Pack<T> zero_pack() {
   return zero;
 }
 
-// The backward kernels' blocks go on from tile to tile, so that each leaves one row of partial sums. There are as many as an
-// H200's multiprocessors hold at a time, `resident` each: a number that depends on the shape alone, so the sums' order does.
-constexpr int64_t kMultiprocessors = 132;
-
-inline int64_t backward_blocks(int64_t tiles, int resident) {
-  return tiles < kMultiprocessors * resident ? tiles : kMultiprocessors * resident;
+// The backward kernels' blocks go on from tile to tile, so that each leaves one row of partial sums. There are as many
+// as the multiprocessors hold at a time, `resident` each.
+inline int64_t backward_blocks(int64_t tiles, int resident, const DeviceLimits& device) {
+  return tiles < device.multiprocessors * resident ? tiles : device.multiprocessors * resident;
 }
 
 // Second stage of the weight gradients: adds the blocks' partial sums, in an order that depends on their number alone.

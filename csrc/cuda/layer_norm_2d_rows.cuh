@@ -1,41 +1,15 @@
-// LayerNorm where channels lie next to each other: channels_last pictures and token buffers. One row is a pixel's channels.
+// LayerNorm where channels lie next to each other (channels_last pictures, token buffers): one row, a pixel's channels,
+// held in the registers of its lanes.
 //
-// Up to kTeamChannels a team of 1 to 32 lanes has a row in registers, several teams to a warp when rows are short; above, a
-// block has one. Every lane owns packs of neighbouring channels, whether they can be loaded as packs (Packed) or not, so
-// that results don't depend on strides or alignment. Rows are read once and written once.
+// Every lane owns packs of neighbouring channels, whether they can be loaded as packs (Packed) or not, so that results
+// don't depend on strides or alignment. Rows are read once and written once.
 #pragma once
 #include "cuda/layer_norm_2d_case.cuh"
 
 namespace sdp {
 
-constexpr int kTeamThreads = 256;    // of a block of teams, forward
-constexpr int kTeamBackwardThreads = 128;
-constexpr int kTeamValues = 32;      // channels of a row in one lane, at most
-constexpr int kTeamChannels = kWarp * kTeamValues;
-constexpr int kBlockValues = 16;     // the same where a block has a row
-constexpr int kBlockMaxThreads = 512;
-constexpr int kRowMaxChannels = kBlockMaxThreads * kBlockValues;
-
-// Lanes of a team and channels of each lane: as few idle lanes as can be, then as few channels.
-struct TeamShape {
-  int lanes, values;
-};
-template <class T>
-inline TeamShape team_shape(int channels) {
-  const int packs = static_cast<int>(ceil_div(channels, kPackSize<T>));
-  TeamShape best{};
-  int best_slots = 0;
-  for (int lanes = kWarp; lanes >= 1; lanes /= 2) {
-    const int values = static_cast<int>(ceil_div(ceil_div(packs, lanes) * kPackSize<T>, 8)) * 8;
-    if (values <= kTeamValues && (best.lanes == 0 || values * lanes < best_slots)) {
-      best = {lanes, values};
-      best_slots = values * lanes;
-    }
-  }
-  return best;
-}
-
-// Row tensors, channels [at, at + size) of one row: a pack where the view allows, else one by one; 0 beyond the last channel.
+// Row tensors, channels [at, at + size) of one row: a pack where the view allows, else one by one; 0 beyond the last
+// channel.
 template <bool Packed, class T>
 __device__ __forceinline__ Pack<T> load_channels(const PictureView& v, int64_t row, int at, int channels) {
   const T* p = static_cast<const T*>(v.data) + row;
@@ -88,7 +62,8 @@ __device__ __forceinline__ void load_parameters(Accumulator<T> (&out)[kPackSize<
 }
 
 // One row's forward in `Values / size` packs per lane; the lane's first channel is lane · size, packs are `lanes` packs
-// apart. `sum_row(value, turn)` adds over the row's lanes; its turns are numbered so that it may use memory of its own for each.
+// apart. `sum_row(value, turn)` adds over the row's lanes; its turns are numbered so that it may use memory of its own
+// for each.
 template <class T, int Values, bool Packed, class SumRow>
 __device__ __forceinline__ void forward_row(const LayerNormCase<Accumulator<T>>& c, int64_t row, bool exists, int lane,
                                             int lanes, const SumRow& sum_row) {
@@ -140,8 +115,8 @@ __device__ __forceinline__ void forward_row(const LayerNormCase<Accumulator<T>>&
     const int at = (i * lanes + lane) * size;
     if (at < c.channels) {
       A weight[size], bias[size];
-      load_parameters<Packed, T>(weight, c.weight, c.wide, at, c.channels);
-      load_parameters<Packed, T>(bias, c.bias, c.wide, at, c.channels);
+      load_parameters<Packed, T>(weight, c.weight, c.wide_weight, at, c.channels);
+      load_parameters<Packed, T>(bias, c.bias, c.wide_bias, at, c.channels);
 #pragma unroll
       for (int j = 0; j < size; ++j) {
         const A y = (widen(held[i].items[j]) - mean) * rstd * weight[j] + bias[j];
@@ -152,13 +127,14 @@ __device__ __forceinline__ void forward_row(const LayerNormCase<Accumulator<T>>&
   }
 }
 
-// Backward blocks, which see many rows, keep the weight as accumulators in shared memory, with zeros up to a whole pack.
+// Backward blocks, which see many rows, keep the weight as accumulators in shared memory, with zeros up to a whole
+// pack.
 inline int64_t padded_channels(int64_t channels) { return ceil_div(channels, 8) * 8; }
 
 template <class T>
 __device__ __forceinline__ void read_weights(Accumulator<T>* weights, const LayerNormCase<Accumulator<T>>& c) {
   for (int i = threadIdx.x; i < (c.channels + 7) / 8 * 8; i += blockDim.x)
-    weights[i] = i < c.channels ? parameter_at<T>(c.weight, c.wide, i) : Accumulator<T>(0);
+    weights[i] = i < c.channels ? parameter_at<T>(c.weight, c.wide_weight, i) : Accumulator<T>(0);
   __syncthreads();
 }
 template <class T>
@@ -172,12 +148,13 @@ __device__ __forceinline__ void copy_weights(Accumulator<T> (&out)[kPackSize<T>]
   }
 }
 
-// One row's backward, laid out as forward_row; adds to this lane's sums for dweight and dbias. `sum_row(a, b)` replaces both
-// by their sums over the row's lanes. `weights` is read_weights'.
+// One row's backward, laid out as forward_row; adds to this lane's sums for dweight and dbias. `sum_row(a, b)` replaces
+// both by their sums over the row's lanes. `weights` is read_weights'.
 template <class T, int Values, bool Packed, class SumRow>
 __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>& c, const Accumulator<T>* weights,
-                                             int64_t row, bool exists, int lane, int lanes, Accumulator<T> (&weight_sum)[Values],
-                                             Accumulator<T> (&bias_sum)[Values], const SumRow& sum_row) {
+                                             int64_t row, bool exists, int lane, int lanes,
+                                             Accumulator<T> (&weight_sum)[Values], Accumulator<T> (&bias_sum)[Values],
+                                             const SumRow& sum_row) {
   using A = Accumulator<T>;
   constexpr int size = kPackSize<T>, packs = Values / size;
   const PixelPlace place = place_of(c, exists ? row : 0);
@@ -196,7 +173,8 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
       const int at = (i * lanes + lane) * size;
-      more[i] = exists && at < c.channels ? load_channels<Packed, T>(c.grad_sum, more_at, at, c.channels) : zero_pack<T>();
+      more[i] =
+          exists && at < c.channels ? load_channels<Packed, T>(c.grad_sum, more_at, at, c.channels) : zero_pack<T>();
     }
   }
   const A mean = alive ? c.mean[row] : A(0), rstd = alive ? c.rstd[row] : A(0);
@@ -209,7 +187,8 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
       copy_weights<T>(weight, weights + at);
 #pragma unroll
       for (int j = 0; j < size; ++j) {
-        const A grad = widen(grads[i].items[j]), unit = (widen(xs[i].items[j]) - mean) * rstd, scaled = grad * weight[j];
+        const A grad = widen(grads[i].items[j]), unit = (widen(xs[i].items[j]) - mean) * rstd;
+        const A scaled = grad * weight[j];
         scaled_total += scaled;
         product_total += scaled * unit;
         weight_sum[i * size + j] += grad * unit;
@@ -236,137 +215,6 @@ __device__ __forceinline__ void backward_row(const LayerNormCase<Accumulator<T>>
         xs[i].items[j] = narrow<T>(dx);
       }
       store_channels<Packed, T>(c.dx, dx_at, at, c.channels, xs[i]);
-    }
-  }
-}
-
-// ---- teams -----------------------------------------------------------------------------------------------------------
-
-// Backward blocks per multiprocessor that the registers allow: 8 to 24 warps, with 32 to 48 KB of loads in flight.
-constexpr int team_backward_resident(int values) { return values <= 8 ? 6 : values <= 16 ? 4 : values <= 24 ? 3 : 2; }
-
-inline LaunchGeometry team_forward_geometry(int64_t rows, const TeamShape& team) {
-  return {ceil_div(rows, kTeamThreads / team.lanes), kTeamThreads, 0};
-}
-inline LaunchGeometry team_backward_geometry(int64_t rows, const TeamShape& team, int channels, int64_t accumulator_bytes) {
-  return {backward_blocks(ceil_div(rows, kTeamBackwardThreads / team.lanes), team_backward_resident(team.values)),
-          kTeamBackwardThreads,
-          (padded_channels(channels) + kTeamBackwardThreads / kWarp * channels) * accumulator_bytes};
-}
-
-template <class T, int Values, bool Packed>
-__global__ void __launch_bounds__(kTeamThreads)
-    layer_norm_teams_fwd(const LayerNormCase<Accumulator<T>> c, int lanes) {
-  const int lane = threadIdx.x & (lanes - 1);
-  const int64_t row = int64_t(blockIdx.x) * (kTeamThreads / lanes) + threadIdx.x / lanes;
-  forward_row<T, Values, Packed>(c, row, row < c.rows, lane, lanes,
-                                 [&](Accumulator<T> value, int) { return sum_lanes(value, 1, lanes); });
-}
-
-template <class T, int Values, bool Packed>
-__global__ void __launch_bounds__(kTeamBackwardThreads, team_backward_resident(Values))
-    layer_norm_teams_bwd(const LayerNormCase<Accumulator<T>> c, int lanes) {
-  using A = Accumulator<T>;
-  constexpr int size = kPackSize<T>, warps = kTeamBackwardThreads / kWarp;
-  SDP_DYNAMIC_SHARED(shared);
-  A* weights = reinterpret_cast<A*>(shared);
-  A* warp_sums = weights + (c.channels + 7) / 8 * 8;  // (warps, C)
-  const int lane = threadIdx.x & (lanes - 1), teams = kTeamBackwardThreads / lanes;
-  A weight_sum[Values] = {}, bias_sum[Values] = {};
-  read_weights<T>(weights, c);
-  for (int64_t first = int64_t(blockIdx.x) * teams; first < c.rows; first += int64_t(gridDim.x) * teams) {
-    const int64_t row = first + threadIdx.x / lanes;
-    backward_row<T, Values, Packed>(c, weights, row, row < c.rows, lane, lanes, weight_sum, bias_sum,
-                                    [&](A& a, A& b) { a = sum_lanes(a, 1, lanes), b = sum_lanes(b, 1, lanes); });
-  }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {  // dweight, dbias: over the warp's teams, then over the warps
-    A(&sums)[Values] = k == 0 ? weight_sum : bias_sum;
-    if (k == 1) __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Values; ++i) {
-      const A sum = sum_lanes(sums[i], lanes, kWarp);
-      const int channel = (i / size * lanes + lane) * size + i % size;
-      if (int(threadIdx.x) % kWarp == lane && channel < c.channels)
-        warp_sums[threadIdx.x / kWarp * c.channels + channel] = sum;
-    }
-    __syncthreads();
-    A* partial = c.partial + (int64_t(blockIdx.x) * 2 + k) * c.channels;
-    for (int channel = threadIdx.x; channel < c.channels; channel += kTeamBackwardThreads) {
-      A sum = 0;
-#pragma unroll
-      for (int w = 0; w < warps; ++w) sum += warp_sums[w * c.channels + channel];
-      partial[channel] = sum;
-    }
-  }
-}
-
-// ---- a block per row -------------------------------------------------------------------------------------------------
-
-inline int block_row_threads(int channels) {
-  return static_cast<int>(ceil_div(ceil_div(channels, kBlockValues), kWarp)) * kWarp;
-}
-inline LaunchGeometry block_forward_geometry(int64_t rows, int channels, int64_t accumulator_bytes) {
-  const int threads = block_row_threads(channels);
-  return {rows, threads, 2 * threads / kWarp * accumulator_bytes};
-}
-inline LaunchGeometry block_backward_geometry(int64_t rows, int channels, int64_t accumulator_bytes) {
-  const int threads = block_row_threads(channels);
-  return {backward_blocks(rows, kBlockMaxThreads / threads), threads,
-          (padded_channels(channels) + 4 * threads / kWarp) * accumulator_bytes};
-}
-
-// Sums over the block, the same in every thread; `slots` has Count accumulators per warp, used by nobody else meanwhile.
-template <class A, int Count>
-__device__ __forceinline__ void sum_block(A (&values)[Count], A* slots) {
-#pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    values[k] = sum_lanes(values[k], 1, kWarp);
-    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp * Count + k] = values[k];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Count; ++k) values[k] = 0;
-  for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
-#pragma unroll
-    for (int k = 0; k < Count; ++k) values[k] += slots[w * Count + k];
-}
-
-template <class T, bool Packed>
-__global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_fwd(const LayerNormCase<Accumulator<T>> c) {
-  using A = Accumulator<T>;
-  SDP_DYNAMIC_SHARED(shared);
-  A* slots = reinterpret_cast<A*>(shared);
-  forward_row<T, kBlockValues, Packed>(c, blockIdx.x, true, threadIdx.x, blockDim.x, [&](A value, int turn) {
-    A sum[1] = {value};
-    sum_block(sum, slots + turn * (blockDim.x / kWarp));
-    return sum[0];
-  });
-}
-
-template <class T, bool Packed>
-__global__ void __launch_bounds__(kBlockMaxThreads) layer_norm_block_bwd(const LayerNormCase<Accumulator<T>> c) {
-  using A = Accumulator<T>;
-  constexpr int size = kPackSize<T>;
-  SDP_DYNAMIC_SHARED(shared);
-  A* weights = reinterpret_cast<A*>(shared);
-  A* slots = weights + (c.channels + 7) / 8 * 8;  // twice: slow warps may still read the last row's
-  A weight_sum[kBlockValues] = {}, bias_sum[kBlockValues] = {};
-  int buffer = 0;
-  read_weights<T>(weights, c);
-  for (int64_t row = blockIdx.x; row < c.rows; row += gridDim.x, buffer ^= 1)
-    backward_row<T, kBlockValues, Packed>(c, weights, row, true, threadIdx.x, blockDim.x, weight_sum, bias_sum, [&](A& a, A& b) {
-      A sums[2] = {a, b};
-      sum_block(sums, slots + buffer * 2 * (blockDim.x / kWarp));
-      a = sums[0], b = sums[1];
-    });
-  A* partial = c.partial + int64_t(blockIdx.x) * 2 * c.channels;
-#pragma unroll
-  for (int i = 0; i < kBlockValues; ++i) {
-    const int channel = (i / size * int(blockDim.x) + int(threadIdx.x)) * size + i % size;
-    if (channel < c.channels) {
-      partial[channel] = weight_sum[i];
-      partial[c.channels + channel] = bias_sum[i];
     }
   }
 }

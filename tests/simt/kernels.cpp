@@ -1,5 +1,5 @@
-// The CUDA kernels of this repository as a library for the CPU, one storage type each (-DSIMT_TYPE=...), called by ctypes.
-// The pair of functions below does what csrc/cuda/*.cu do around `launch`.
+// The CUDA kernels of this repository as a library for the CPU, one storage type each (-DSIMT_TYPE=...), called by
+// ctypes. The pair of functions below does what csrc/cuda/*.cu do around `launch`.
 #include "simt.h"
 // The emulator first: it defines what the kernels' sources expect of a CUDA compiler.
 #include "cuda/kelu.cuh"
@@ -55,12 +55,14 @@ const char* simt_launches() {
 
 // views: x, residual, y, sum.
 void layer_norm_2d_fwd(const int64_t* sizes, const int64_t* views, int64_t registers, double eps, const void* weight,
-                       const void* bias, int wide, void* mean, void* rstd, const int64_t* limits, int64_t* told) {
+                       const void* bias, int wide_weight, int wide_bias, void* mean, void* rstd,
+                       const int64_t* limits, int64_t* told) {
   const sdp::PictureSizes s{sizes[0], sizes[1], sizes[2], sizes[3]};
   auto c = sdp::layer_norm_case<A>(s, registers, eps);
   c.x = view(views, 0, s), c.residual = view(views, 1, s), c.y = view(views, 2, s), c.sum = view(views, 3, s);
-  c.weight = weight, c.bias = bias, c.wide = wide, c.mean = static_cast<A*>(mean), c.rstd = static_cast<A*>(rstd);
-  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, false, {limits[0], limits[1]});
+  c.weight = weight, c.bias = bias, c.wide_weight = wide_weight, c.wide_bias = wide_bias;
+  c.mean = static_cast<A*>(mean), c.rstd = static_cast<A*>(rstd);
+  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, false, {limits[0], limits[1], limits[2]});
   tell(plan, told);
   sdp::layer_norm_2d_forward<T>(c, plan, Launcher{});
 }
@@ -72,9 +74,9 @@ void layer_norm_2d_bwd(const int64_t* sizes, const int64_t* views, int64_t regis
   const sdp::PictureSizes s{sizes[0], sizes[1], sizes[2], sizes[3]};
   auto c = sdp::layer_norm_case<A>(s, registers, 0);
   c.x = view(views, 0, s), c.grad = view(views, 1, s), c.grad_sum = view(views, 2, s), c.dx = view(views, 3, s);
-  c.weight = weight, c.wide = wide;
+  c.weight = weight, c.wide_weight = wide;
   c.mean = static_cast<A*>(const_cast<void*>(mean)), c.rstd = static_cast<A*>(const_cast<void*>(rstd));
-  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, true, {limits[0], limits[1]});
+  const sdp::LayerNormPlan plan = sdp::layer_norm_plan<T>(c, true, {limits[0], limits[1], limits[2]});
   tell(plan, told);
   const size_t bytes = simt::settings.dry ? 0 : plan.geometry.blocks * 2 * c.channels * sizeof(A);
   c.partial = static_cast<A*>(std::malloc(bytes + (bytes == 0)));
@@ -89,7 +91,8 @@ void kelu(const void* grad, const void* x, void* y, int64_t elements, int dims, 
   sdp::KeluStrides s{};
   s.dims = dims;
   for (int d = 0; d < dims; ++d) {
-    s.size[d] = strides[d], s.y[d] = strides[dims + d], s.x[d] = strides[2 * dims + d], s.grad[d] = strides[3 * dims + d];
+    s.size[d] = strides[d], s.y[d] = strides[dims + d];
+    s.x[d] = strides[2 * dims + d], s.grad[d] = strides[3 * dims + d];
   }
   const T *from = static_cast<const T*>(x), *down = static_cast<const T*>(grad);
   if (grad == nullptr) sdp::kelu_launch<T, false>(down, from, static_cast<T*>(y), elements, s, Launcher{});

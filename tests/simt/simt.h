@@ -1,12 +1,12 @@
 // Runs CUDA C++ kernels on the CPU: every thread is a fiber, and fibers change at barriers and shuffles only.
 //
-// Blocks run one after the other, in any order, with dynamic shared memory that is poisoned (all bits set: NaN) and ends where
-// the launch said, which AddressSanitizer watches. Within a block the order of fibers is chosen:
+// Blocks run one after the other, in any order, with dynamic shared memory that is poisoned (all bits set: NaN) and
+// ends where the launch said, which AddressSanitizer watches. Within a block the order of fibers is chosen:
 //   0 ascending, 1 descending: each in turn up to its next barrier;
 //   2, 3 the same warp by warp, a warp going on as far as it can, so that nothing hides behind warps in lockstep;
 //   any greater number: at random, that number being the seed.
-// Stricter than a GPU: barriers and shuffles want every thread, alive, at the same line of the source, or the run is aborted.
-// What it cannot see: races that no order of whole barrier-to-barrier stretches shows, and the memory model.
+// Stricter than a GPU: barriers and shuffles want every thread, alive, at the same line of the source, or the run is
+// aborted. What it cannot see: races that no order of whole barrier-to-barrier stretches shows, and the memory model.
 #pragma once
 #include <dlfcn.h>
 

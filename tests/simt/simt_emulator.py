@@ -24,8 +24,8 @@ CSRC = HERE.parents[1] / "csrc"
 TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float64: "double"}
 ASCENDING, DESCENDING, WARPS_ASCENDING, WARPS_DESCENDING, RANDOM = 0, 1, 2, 3, 4711
 ORDERS = (ASCENDING, DESCENDING, WARPS_ASCENDING, WARPS_DESCENDING, RANDOM, RANDOM + 1)
-H200, A100 = (232448, 233472), (166912, 167936)
-"""Shared memory of a block and of a multiprocessor, bytes (compute capability 9.0 and 8.0)."""
+H200, A100 = (232448, 233472, 132), (166912, 167936, 132)
+"""DeviceLimits: shared memory of a block and of a multiprocessor, bytes; multiprocessors, always an H200's."""
 FAMILIES = ("teams", "blocks", "columns")
 
 
@@ -47,7 +47,9 @@ def compile_source(source: str, *flags: str, shared: bool = True, define: str = 
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             fresh = Path(work) / "made"
-            done = subprocess.run([*command, str(HERE / source), "-o", str(fresh), "-ldl"], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, str(HERE / source), "-o", str(fresh), "-ldl"], capture_output=True, text=True
+            )
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
             fresh.replace(made)
     return made
@@ -174,31 +176,35 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def layer_norm_fwd(x, residual, weight, bias, eps=1e-6, registers=0, limits=H200) -> tuple[Tensor, Tensor, Tensor, Tensor, Told]:
+def layer_norm_fwd(
+    x, residual, weight, bias, eps=1e-6, registers=0, limits=H200
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Told]:
     """(y, mean, rstd, sum, told) as ``layer_norm_2d_fwd`` gives them."""
     told = Told((ctypes.c_int64 * 5)())
     y = told.out(torch.empty_like(x))
     total = None if residual is None else told.out(torch.empty_like(x))
     shape = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else x.shape[:2]
     mean, rstd = (told.out(torch.empty(shape, dtype=wide_dtype(x.dtype))) for _ in range(2))
-    assert weight.dtype == bias.dtype
+    wide = [int(p.dtype == wide_dtype(x.dtype)) for p in (weight, bias)]
     library(x.dtype).layer_norm_2d_fwd(
         *(_sizes(x), _views(x, residual, y, total), ctypes.c_int64(registers), ctypes.c_double(eps)),
-        *(_pointer(weight), _pointer(bias), int(weight.dtype == wide_dtype(x.dtype)), _pointer(mean), _pointer(rstd)),
-        *((ctypes.c_int64 * 2)(*limits), told.numbers),
+        *(_pointer(weight), _pointer(bias), *wide, _pointer(mean), _pointer(rstd)),
+        *((ctypes.c_int64 * 3)(*limits), told.numbers),
     )
     told.assert_untouched()
     return y, mean, rstd, total, told
 
 
-def layer_norm_bwd(grad, grad_sum, x, weight, mean, rstd, registers=0, limits=H200) -> tuple[Tensor, Tensor, Tensor, Told]:
+def layer_norm_bwd(
+    grad, grad_sum, x, weight, mean, rstd, registers=0, limits=H200
+) -> tuple[Tensor, Tensor, Tensor, Told]:
     """(dx, dweight, dbias, told) as ``layer_norm_2d_bwd`` gives them."""
     told = Told((ctypes.c_int64 * 5)())
     dx, dweight, dbias = told.out(torch.empty_like(x)), told.out(weight), told.out(weight)
     library(x.dtype).layer_norm_2d_bwd(
         *(_sizes(x), _views(x, grad, grad_sum, dx), ctypes.c_int64(registers)),
         *(_pointer(weight), int(weight.dtype == wide_dtype(x.dtype)), _pointer(mean), _pointer(rstd)),
-        *(_pointer(dweight), _pointer(dbias), (ctypes.c_int64 * 2)(*limits), told.numbers),
+        *(_pointer(dweight), _pointer(dbias), (ctypes.c_int64 * 3)(*limits), told.numbers),
     )
     told.assert_untouched()
     return dx, dweight, dbias, told
@@ -220,7 +226,7 @@ def kelu(x: Tensor, grad: Tensor | None = None, y: Tensor | None = None) -> Tens
 
 
 def merged(tensors: list[Tensor]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and, per tensor, strides of dimensions merged as far as they go, outermost first: merge_dims of host.cuh."""
+    """Sizes and, per tensor, strides of dimensions merged as far as they go, outermost first, as by host.cuh."""
     dims = [(n, [t.stride(d) for t in tensors]) for d, n in enumerate(tensors[0].shape) if n != 1]
     dims.sort(key=lambda dim: -dim[1][0])
     out: list[tuple[int, list[int]]] = []

@@ -1,0 +1,77 @@
+"""The CUDA kernels as compiled need what the committed table says: no spills, wide loads, occupancy."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import resources
+import resources_cuda
+
+pytestmark = pytest.mark.proof("aot")
+ARCHITECTURES = pytest.mark.parametrize("arch", list(resources_cuda.ARCHITECTURES))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    version = resources_cuda.nvcc_version()
+    if version is None:
+        pytest.skip("no nvcc here")
+    if version != resources_cuda.PINNED:
+        pytest.skip(f"the table is for nvcc {resources_cuda.PINNED}, here is {version}")
+    return resources_cuda.collect()
+
+
+def test_as_committed(compiled):
+    lines = resources.differences(resources.committed("cuda"), compiled)
+    assert not lines, "\n".join(
+        ["not what tests/aot/resources.json says (`python tests/aot/resources.py --write cuda` writes it):", *lines]
+    )
+
+
+@ARCHITECTURES
+def test_nothing_spills(compiled, arch):
+    spilling = {name: numbers[arch] for name, numbers in compiled["kernels"].items() if numbers[arch]["spilled"]}
+    assert not spilling
+    assert not {
+        name: n[arch] for name, n in compiled["kernels"].items() if n[arch]["stack"] or n[arch]["static_shared"]
+    }
+
+
+@ARCHITECTURES
+def test_wide_accesses_where_memory_allows(compiled, arch):
+    """Each kernel for aligned tensors moves 16 bytes at a time: packed rows, columns of packs, dense KeLü."""
+    wide = re.compile(r"kelu_dense|layer_norm_(teams|block)_\w+<.*yes>|layer_norm_columns_\w+<\w+, [48],")
+    names = [name for name in compiled["kernels"] if wide.match(name)]
+    assert len(names) == 3 * (2 + 2 * 4 + 2 + 2 * 2)
+    for name in names:
+        numbers = compiled["kernels"][name][arch]
+        assert numbers["loads_128"] > 0 and numbers["stores_128"] > 0, name
+
+
+@ARCHITECTURES
+def test_occupancy(compiled, arch):
+    """Every launch fits: at least one block and 8 warps per multiprocessor."""
+    for case, launches in compiled["launches"].items():
+        for line in launches[arch]:
+            threads, resident = map(int, re.search(r"blocks of (\d+), .* (\d+) resident", line).groups())
+            assert resident >= 1 and resident * threads >= 256, f"{case}: {line}"
+
+
+def test_occupancy_formula():
+    """Against NVIDIA's occupancy tables: full registers, full shared memory, the limit of blocks and of warps."""
+    blocks = resources_cuda.blocks_per_multiprocessor
+    assert blocks("sm_90", 32, 256, 0) == 8
+    assert blocks("sm_90", 128, 256, 0) == 2
+    assert blocks("sm_90", 255, 256, 0) == 1
+    assert blocks("sm_90", 32, 32, 0) == 32
+    assert blocks("sm_90", 32, 128, 232448) == 1
+    assert blocks("sm_90", 32, 128, 100 * 1024) == 2
+    assert blocks("sm_80", 32, 128, 100 * 1024) == 1
+
+
+def test_a_difference_reads_well():
+    old = {"a": {"sm_90": {"registers": 64, "spilled": 0}}, "gone": 1}
+    new = {"a": {"sm_90": {"registers": 72, "spilled": 0}}, "new": 2}
+    lines = resources.differences(old, new)
+    assert lines == ["a / sm_90 / registers: 64 → 72", "gone: gone", "new: new"]

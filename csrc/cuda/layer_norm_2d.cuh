@@ -15,7 +15,8 @@ enum class LayerNormShape { kTeams, kBlocks, kColumns };
 // What is launched: decided by the shape, the strides and the device's shared memory.
 struct LayerNormPlan {
   LayerNormShape shape;
-  bool packed;
+  bool packed;       // 16-byte accesses everywhere
+  bool half_packed;  // columns of 16-bit elements: 8-byte ones
   TeamShape team;
   ColumnPlan columns;
   LaunchGeometry geometry;
@@ -49,12 +50,17 @@ LayerNormPlan layer_norm_plan(LayerNormCase<Accumulator<T>>& c, bool backward, c
     return plan;
   }
   plan.shape = LayerNormShape::kColumns;
-  plan.packed = c.pixels % size == 0 && c.width == c.pixels && c.registers == 0;
-  c.each_view([&](PictureView& v) {
-    plan.packed =
-        plan.packed && v.column == 1 && v.batch % size == 0 && v.channel % size == 0 && aligned_to(v.data, 16);
-  });
   plan.columns = column_plan<T>(c.channels, backward ? 2 : 1, device);
+  auto neighbours = [&](int count) {  // so many pixels can be one access
+    bool can = c.pixels % count == 0 && c.width == c.pixels && c.registers == 0;
+    c.each_view([&](PictureView& v) {
+      can = can && v.column == 1 && v.batch % count == 0 && v.channel % count == 0 &&
+            aligned_to(v.data, count * int64_t(sizeof(T)));
+    });
+    return can;
+  };
+  plan.packed = neighbours(size);
+  plan.half_packed = !plan.packed && sizeof(T) == 2 && plan.columns.on_chip && neighbours(size / 2);
   plan.geometry =
       backward ? column_backward_geometry(c.rows, plan.columns, device) : column_forward_geometry(c.rows, plan.columns);
   return plan;
@@ -83,6 +89,8 @@ void layer_norm_2d_forward(const LayerNormCase<Accumulator<T>>& c, const LayerNo
   if (plan.shape == LayerNormShape::kBlocks)
     return launch(plan.packed ? &layer_norm_block_fwd<T, true> : &layer_norm_block_fwd<T, false>, g, c);
   constexpr int N = kPackSize<T>;
+  if constexpr (sizeof(T) == 2)
+    if (plan.half_packed) return launch(&layer_norm_columns_fwd<T, N / 2, true>, g, c, plan.columns);
   if (plan.columns.on_chip)
     return launch(plan.packed ? &layer_norm_columns_fwd<T, N, true> : &layer_norm_columns_fwd<T, 1, true>, g, c,
                   plan.columns);
@@ -106,6 +114,8 @@ void layer_norm_2d_backward(const LayerNormCase<Accumulator<T>>& c, const LayerN
     else launch(&layer_norm_teams_bwd<T, kTeamValues, false>, g, c, plan.team.lanes);
   } else if (plan.shape == LayerNormShape::kBlocks) {
     launch(plan.packed ? &layer_norm_block_bwd<T, true> : &layer_norm_block_bwd<T, false>, g, c);
+  } else if (plan.half_packed) {
+    if constexpr (sizeof(T) == 2) launch(&layer_norm_columns_bwd<T, N / 2, true>, g, c, plan.columns);
   } else if (plan.columns.on_chip) {
     launch(plan.packed ? &layer_norm_columns_bwd<T, N, true> : &layer_norm_columns_bwd<T, 1, true>, g, c, plan.columns);
   } else {

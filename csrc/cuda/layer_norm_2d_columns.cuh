@@ -8,7 +8,7 @@ template <class T, int N, bool OnChip>
 __global__ void __launch_bounds__(OnChip ? kColumnMaxThreads : kColumnThreads, OnChip || N == 1 ? 1 : 2)
     layer_norm_columns_fwd(const LayerNormCase<Accumulator<T>> c, ColumnPlan plan) {
   using A = Accumulator<T>;
-  constexpr int items = kPackSize<T>, batch = N == items ? 4 : 2;  // loads in flight
+  constexpr int items = kPackSize<T>, batch = N > 1 ? 4 : 2;  // loads in flight
   SDP_DYNAMIC_SHARED(shared);
   const ColumnMemory<T> memory(shared, c.channels, plan, 1);
   ColumnThread<T, N> self(plan, memory, &c.x, &c.residual, &c.y, &c.sum);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(OnChip ? kColumnMaxThreads : kColumnThreads, O
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const A y = (widen(x.items[i]) - mean[0][i]) * rstd[i] * weight + bias;
-      x.items[i] = narrow<T>(N == items || (self.alive >> i & 1) ? y : A(0));
+      x.items[i] = narrow<T>(N > 1 || (self.alive >> i & 1) ? y : A(0));
     }
     self.store(2, channel, x);
   }
@@ -111,7 +111,7 @@ template <class T, int N, bool OnChip>
 __global__ void __launch_bounds__(OnChip ? kColumnMaxThreads : kColumnThreads, OnChip || N == 1 ? 1 : 2)
     layer_norm_columns_bwd(const LayerNormCase<Accumulator<T>> c, ColumnPlan plan) {
   using A = Accumulator<T>;
-  constexpr int items = kPackSize<T>, batch = N == items ? 2 : 1;
+  constexpr int items = kPackSize<T>, batch = N > 1 ? 2 : 1;
   SDP_DYNAMIC_SHARED(shared);
   const ColumnMemory<T> memory(shared, c.channels, plan, 2);
   ColumnThread<T, N> self(plan, memory, &c.x, &c.grad, &c.dx, &c.grad_sum);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(OnChip ? kColumnMaxThreads : kColumnThreads, O
     self.sum_groups(totals);
 #pragma unroll
     for (int i = 0; i < items; ++i) totals[0][i] /= A(c.channels), totals[1][i] /= A(c.channels);
-#pragma unroll (N == items && OnChip ? 2 : 1)
+#pragma unroll (N > 1 && OnChip ? 2 : 1)
     for (int channel = self.group; channel < c.channels; channel += self.groups) {
       Pack<T> x = OnChip ? memory.tile[channel * self.lanes + self.lane] : self.load(0, channel);
       const Pack<T> grads = OnChip ? grad_tile[channel * self.lanes + self.lane] : self.load(1, channel);

@@ -3,8 +3,8 @@
 // A block has a tile of pixels. A thread has kPackSize of them ("items") and every groups-th channel: its group, its
 // first channel, is thread / lanes, its place in the tile thread % lanes. OnChip, what a thread reads stays in its own
 // slots of shared memory, so x (and in backward grad) is read once; else it is read twice, the second time from L2
-// mostly. N neighbouring pixels move as one load: all items of a thread (contiguous, H·W a multiple) or one at a time
-// (any strides). The order of every sum depends on C, the dtype and the device's shared memory alone, not on the batch
+// mostly. N neighbouring pixels move as one load: all items of a thread or half of them (contiguous, H·W a multiple:
+// 14 · 14 is one of 4) or one at a time (any strides). The order of every sum depends on C, the dtype and the device's shared memory alone, not on the batch
 // or the strides.
 #pragma once
 #include "cuda/layer_norm_2d_case.cuh"
@@ -71,7 +71,7 @@ struct ColumnMemory {
   A* sums;           // (2, C)
   A* warp_sums;      // (warps, 2, pixels)
   A* totals;         // (2, pixels)
-  int64_t* offsets;  // (kColumnTensors, pixels / N)
+  int64_t* offsets;  // (kColumnTensors, pixels), of the first of N pixels
   unsigned* flags;   // (pixels,): 1 exists, 2 is no register
 
   __device__ ColumnMemory(unsigned char* memory, int channels, const ColumnPlan& p, int tensors) {
@@ -118,10 +118,9 @@ struct ColumnThread {
 #pragma unroll
       for (int t = 0; t < kColumnTensors; ++t) at[t] = offset_of(*views[t], place);
     } else {
-      static_assert(N == 1, "a part is one pixel");
       if (first >= int64_t(gridDim.x) * tile_pixels) __syncthreads();  // the tile before is done with the table
-      for (int i = threadIdx.x; i < tile_pixels; i += blockDim.x) {
-        const int64_t pixel = first + i;
+      for (int i = threadIdx.x; i < tile_pixels / N; i += blockDim.x) {
+        const int64_t pixel = first + i * N;
         const PixelPlace place = place_of(c, pixel < c.rows ? pixel : 0);
 #pragma unroll
         for (int t = 0; t < kColumnTensors; ++t) memory.offsets[t * tile_pixels + i] = offset_of(*views[t], place);
@@ -131,7 +130,7 @@ struct ColumnThread {
       exists = alive = 0;
 #pragma unroll
       for (int item = 0; item < items; ++item) {
-        const unsigned flags = memory.flags[pixel_of(item)];
+        const unsigned flags = memory.flags[pixel_of(item) / N];
         exists |= (flags & 1) << item;
         alive |= (flags >> 1) << item;
       }
@@ -146,8 +145,12 @@ struct ColumnThread {
     } else {
       Pack<T> pack = zero_pack<T>();
 #pragma unroll
-      for (int item = 0; item < items; ++item)
-        if (exists >> item & 1) pack.items[item] = p[memory.offsets[t * tile_pixels + pixel_of(item)]];
+      for (int item = 0; item < items; item += N)
+        if (exists >> item & 1) {
+          const Pack<T, N> part = load_pack<T, N>(p + memory.offsets[t * tile_pixels + pixel_of(item) / N]);
+#pragma unroll
+          for (int k = 0; k < N; ++k) pack.items[item + k] = part.items[k];
+        }
       return pack;
     }
   }
@@ -157,13 +160,18 @@ struct ColumnThread {
       if (exists) store_pack(p + at[t], pack);
     } else {
 #pragma unroll
-      for (int item = 0; item < items; ++item)
-        if (exists >> item & 1) p[memory.offsets[t * tile_pixels + pixel_of(item)]] = pack.items[item];
+      for (int item = 0; item < items; item += N)
+        if (exists >> item & 1) {
+          Pack<T, N> part;
+#pragma unroll
+          for (int k = 0; k < N; ++k) part.items[k] = pack.items[item + k];
+          store_pack(p + memory.offsets[t * tile_pixels + pixel_of(item) / N], part);
+        }
     }
   }
   // An item's value, 0 if it is a register row's or beyond the end.
   __device__ A value(const Pack<T>& pack, int item) const {
-    return packed || (alive >> item & 1) ? widen(pack.items[item]) : A(0);
+    return N > 1 || (alive >> item & 1) ? widen(pack.items[item]) : A(0);
   }
 
   // Sums over the channel groups, for each item. Two barriers; the memory is free again before the next call's first

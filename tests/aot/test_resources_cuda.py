@@ -41,7 +41,7 @@ def test_nothing_spills(compiled, arch):
 @ARCHITECTURES
 def test_wide_accesses_where_memory_allows(compiled, arch):
     """Each kernel for aligned tensors moves 16 bytes at a time: packed rows, columns of packs, dense KeLü."""
-    wide = re.compile(r"kelu_dense|layer_norm_(teams|block)_\w+<.*yes>|layer_norm_columns_\w+<\w+, [48],")
+    wide = re.compile(r"kelu_dense|layer_norm_(teams|block)_\w+<.*yes>|layer_norm_columns_\w+<(fp32, 4|\w+, 8),")
     names = [name for name in compiled["kernels"] if wide.match(name)]
     assert len(names) == 3 * (2 + 2 * 4 + 2 + 2 * 2)
     for name in names:

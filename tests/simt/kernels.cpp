@@ -24,9 +24,9 @@ sdp::PictureView view(const int64_t* views, int i, const sdp::PictureSizes& s) {
   return sdp::picture_view(reinterpret_cast<void*>(v[0]), s, v[1], v[2], v[3], v[4]);
 }
 
-// What was decided: kernel family, packed, on chip, sums on chip, pixels of a tile.
+// What was decided: kernel family, packed (2: half), on chip, sums on chip, pixels of a tile.
 void tell(const sdp::LayerNormPlan& p, int64_t* told) {
-  told[0] = int64_t(p.shape), told[1] = p.packed, told[2] = p.columns.on_chip, told[3] = p.columns.sums_on_chip;
+  told[0] = int64_t(p.shape), told[1] = p.half_packed ? 2 : p.packed, told[2] = p.columns.on_chip, told[3] = p.columns.sums_on_chip;
   told[4] = p.columns.pixels;
 }
 

@@ -149,7 +149,13 @@ class Told:
 
     @property
     def packed(self) -> bool:
-        return bool(self.numbers[1])
+        """16-byte accesses."""
+        return self.numbers[1] == 1
+
+    @property
+    def half_packed(self) -> bool:
+        """8-byte accesses."""
+        return self.numbers[1] == 2
 
     @property
     def on_chip(self) -> bool:

@@ -86,14 +86,16 @@ def test_any_picture(picture, layout, dtype):
 
 def test_families():
     """Every family is what the shapes above are meant for; packs are used where memory allows."""
-    found = {}
+    found, half = {}, 0
     for case in CASES:
         _, told, told_bwd = run(case, torch.bfloat16)
+        half += told.half_packed and told_bwd.half_packed
         found.setdefault((told.family, told.packed, told.on_chip), []).append(str(case))
         found.setdefault((told_bwd.family, told_bwd.packed, told_bwd.on_chip), []).append(str(case))
     for family in ("teams", "blocks"):
         assert {(family, True, False), (family, False, False)} <= found.keys(), found
     assert {("columns", packed, chip) for packed in (True, False) for chip in (True, False)} <= found.keys(), found
+    assert half
 
 
 @pytest.mark.parametrize("limits", [emulator.H200, emulator.A100], ids=["sm_90", "sm_80"])

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 
 from .part import Setting, all_parts
 from .pool import Crew
@@ -39,13 +40,9 @@ def _arguments(arguments: list[str] | None, known: list[str]) -> argparse.Namesp
     return options
 
 
-def _environment(setting: Setting) -> dict:
+def _environment(setting: Setting, crew: Crew) -> dict:
     """Of the machine, told by a worker: this process never touches the GPU. Raises StoreError without a GPU."""
-    crew = Crew()
-    try:
-        reply = crew.ask("bench.gpu.machine:describe", setting)
-    finally:
-        crew.dismiss()
+    reply = crew.ask("bench.gpu.machine:describe", setting)
     if reply["status"] != "ok":
         raise StoreError(f"the environment could not be read: {reply['error']}")
     if reply["result"]["gpu"] is None and not setting.rehearsal:
@@ -53,37 +50,46 @@ def _environment(setting: Setting) -> dict:
     return reply["result"]
 
 
-def run(options: argparse.Namespace, parts: dict, out: Path) -> int:
-    """Run the chosen parts into ``out``; the exit status."""
+def run(options: argparse.Namespace, parts: dict, out: Path, crew: Crew) -> int:
+    """Run the chosen parts into ``out``; the exit status. A rehearsal's parts share workers, to save their starts."""
     names = [n for group in options.part for n in group] if options.part else list(parts)
     setting = Setting(rehearsal=options.rehearse)
     deadline = Deadline.after(options.time_limit)
+    environment, code = _environment(setting, crew), code_fingerprint()
     out.mkdir(parents=True, exist_ok=True)
-    environment, code = _environment(setting), code_fingerprint()
+    if not options.rehearse:
+        crew.dismiss()
     outcomes: list[Outcome] = []
     for name in [n for n in parts if n in names]:
         part = parts[name]
-        store = Store(out, name, rehearsal=options.rehearse, environment=environment, code=code, fresh=options.fresh)
-        print(f"{name}: {part.TITLE}", flush=True)
-        setting = Setting(rehearsal=options.rehearse, facts=_facts(out, options.rehearse))
-        outcome = run_part(part, store, setting, deadline, retry=options.retry, say=_say)
-        outcomes.append(outcome)
-        if outcome.trouble and not store.path.exists():
+        if deadline.over:
+            outcomes.append(Outcome(name, planned=1))
             continue
-        load(store.path, rehearsal=options.rehearse, result=part.RESULT)
-        extra = part.files(store.content, setting) if hasattr(part, "files") else {}
-        for file, text in extra.items() if not options.rehearse else ():
-            write_atomically(out / file, text)
-        if options.write and hasattr(part, "write"):
-            print("  " + part.write(store.content))
-        for line in (store.content["summary"] or {}).get("lines", []):
-            print(f"  {line}")
+        store = Store(out, name, rehearsal=options.rehearse, environment=environment, code=code, fresh=options.fresh)
+        _say(f"{name}: {part.TITLE}")
+        setting = Setting(rehearsal=options.rehearse, facts=_facts(out, options.rehearse))
+        shared = crew if options.rehearse else None
+        outcomes.append(run_part(part, store, setting, deadline, retry=options.retry, crew=shared, say=_say))
+        if store.path.exists():
+            _conclude(part, store, setting, out, options.write)
     print("\n".join(["", *(outcome.line() for outcome in outcomes)]))
     if options.rehearse:
         print("rehearsal: the files fit their schema; none of their numbers was measured")
     if not all(outcome.well for outcome in outcomes):
         return NOT_WELL
     return WELL if all(outcome.complete for outcome in outcomes) else UNFINISHED
+
+
+def _conclude(part: ModuleType, store: Store, setting: Setting, out: Path, write: bool) -> None:
+    """Read the file back, write what belongs beside it, print its summary."""
+    content = load(store.path, rehearsal=setting.rehearsal, result=part.RESULT)
+    extra = part.files(content, setting) if hasattr(part, "files") else {}
+    for file, text in extra.items() if not setting.rehearsal else ():
+        write_atomically(out / file, text)
+    if write and hasattr(part, "write"):
+        _say("  " + part.write(content))
+    for line in (content["summary"] or {}).get("lines", []):
+        _say(f"  {line}")
 
 
 def _say(line: str) -> None:
@@ -111,18 +117,20 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<16} {part.TITLE} (≤ {part.BUDGET} s)")
         return WELL
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers are ended
-    start = time.monotonic()
+    start, crew = time.monotonic(), Crew()
     try:
         if options.rehearse and options.out is None:
             with tempfile.TemporaryDirectory() as folder:
-                return run(options, parts, Path(folder))
-        return run(options, parts, options.out or Path("runs/gpu"))
+                return run(options, parts, Path(folder), crew)
+        return run(options, parts, options.out or Path("runs/gpu"), crew)
     except StoreError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print(f"\ninterrupted after {time.monotonic() - start:.0f} s; what was finished is kept", file=sys.stderr)
         return 130
+    finally:
+        crew.dismiss()
 
 
 if __name__ == "__main__":

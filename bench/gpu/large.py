@@ -53,7 +53,7 @@ def check(setting: Setting, problem: Problem, backend: str):
     parameters = subject.inputs(Problem.of(problem.json() | {"shape": (1, *problem.shape[1:])}), setting.device)[1:]
     outputs, gradients = differentiate(lambda *t: subject.ours(problem, backend, *t), [x, *parameters], [dy])
 
-    batch, per_piece = problem.shape[0], 64
+    batch, per_piece = problem.shape[0], 8 if setting.rehearsal else 64
     border = machine.LARGE[setting.rehearsal] // torch.Size(problem.shape[1:]).numel()
     shown = {sample // per_piece * per_piece for sample in (0, border // 2, border, batch - 1)}
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import bench.harness
+import bench.measure
 from bench import environment, peers
 from bench.measure import CudaClock
 
@@ -53,16 +55,17 @@ def free_memory(setting: Setting) -> int:
 
 @contextlib.contextmanager
 def stand_ins(setting: Setting) -> Iterator[None]:
-    """In a rehearsal: the made-up clock for the benchmark's, and no compiler behind torch.compile."""
+    """In a rehearsal: a made-up clock and no cache for the benchmark, and no compiler behind torch.compile."""
     if not setting.rehearsal:
         yield
         return
-    kept = bench.harness.CpuClock, torch.compile
-    bench.harness.CpuClock, torch.compile = MadeUpClock, functools.partial(torch.compile, backend="aot_eager")
-    try:
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    with (
+        patch.object(bench.harness, "CpuClock", MadeUpClock),
+        patch.object(bench.measure, "last_level_cache", lambda: (0, "none (rehearsal)")),
+        patch.object(torch, "compile", traced),
+    ):
         yield
-    finally:
-        bench.harness.CpuClock, torch.compile = kept
 
 
 def captured(setting: Setting, step: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:

@@ -98,13 +98,16 @@ def run_part(
     deadline: Deadline,
     *,
     retry: bool = False,
+    crew: Crew | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run what is missing until done or out of time. ``retry``: also what did not end well before.
+    """Run what is missing until done or out of time. ``retry``: also what did not end well before; ``crew``: workers
+    that outlive the part, instead of its own.
 
     A case that fails, crashes or hangs becomes a record, and the part goes on. Interrupting loses what is in flight.
     """
-    outcome, start, crew = Outcome(store.content["part"]), time.monotonic(), Crew()
+    outcome, start = Outcome(store.content["part"]), time.monotonic()
+    crew, keep = crew or Crew(), crew is not None
     deadline = deadline.earlier(part.BUDGET)
     try:
         try:
@@ -122,7 +125,8 @@ def run_part(
         _work(part, store, setting, deadline, crew, todo, outcome, say)
         outcome.planned = len(items)
     finally:
-        crew.dismiss()
+        if not keep:
+            crew.dismiss()
     for record in store.content["records"]:
         outcome.counts[record["status"]] = outcome.counts.get(record["status"], 0) + 1
     _summarise(part, store, setting, outcome)

@@ -38,7 +38,7 @@ def cases(setting: Setting) -> list[Item]:
     if setting.variant != "plain":
         return []
     return [
-        Item("build", {"what": "build"}, timeout=440, again=absent, renew=True),
+        Item("build", {"what": "build"}, timeout=440, again=absent, renew=not setting.rehearsal),
         Item("machine", {"what": "machine"}, timeout=60),
         Item("copy", {"what": "copy"}, timeout=60),
         Item("gemm", {"what": "gemm"}, timeout=60),
@@ -129,8 +129,7 @@ def copy(setting: Setting) -> dict:
     rates = {}
     for name, size in COPIES.items():
         count = (2**16 if setting.rehearsal else size) // 2
-        pairs = max(1, 3 * 2 * GIB // (16 * 2 * count)) if not setting.rehearsal else 2
-        pairs = min(pairs, 4)  # together beyond any cache
+        pairs = 1 if size >= GIB else 4  # together beyond any cache
         source = [torch.randn(count, device=setting.device, dtype=torch.bfloat16) for _ in range(pairs)]
         target = [torch.empty_like(s) for s in source]
         turn = iter(range(10**9))

@@ -53,7 +53,7 @@ def cases(setting: Setting) -> list[Item]:
                 arguments = {"tool": tool, "operator": operator, "backend": backend}
                 name = f"{tool}: {operator} {backend}"
                 found.append(Item(name, arguments, TIMEOUT + 20, setting.variant))
-    return found if not setting.rehearsal else found[:2]
+    return found if not setting.rehearsal else found[:1]
 
 
 def command(sanitizer: str | None, tool: str, log: str) -> list[str]:
@@ -81,7 +81,7 @@ def run(setting: Setting, tool: str, operator: str, backend: str = "") -> dict:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         script = [sys.executable, "-m", "bench.gpu.drive", operator, *([backend] if backend else [])]
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         start = time.monotonic()
         try:
             done = subprocess.run(

@@ -18,8 +18,8 @@ _LIBRARY = torch.library.Library(BACKENDS["triton"].namespace, "IMPL")
 TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(
     Path(__file__).with_name("configurations.json").read_text(encoding="utf-8")
 )
-"""Capability ("90" for sm_90) → "operator/kernel/…" → constants of the launch. There is no tuning at run time: equal
-shapes give equal bits, in every process."""
+"""Capability ("90" for sm_90) → "operator/kernel/…" → constants of the launch; a capability adds to and replaces what
+stands at lower ones. There is no tuning at run time: equal shapes give equal bits, in every process."""
 
 ACCUMULATOR = {
     torch.float64: tl.float64,
@@ -47,10 +47,14 @@ def register(kernel: str):
 
 
 @functools.cache
-def _column_of_table(capability: int) -> dict[str, dict[str, int]]:
-    """The table of that capability, else of the next lower one listed, else of the lowest."""
-    listed = sorted(int(c) for c in TABLE)
-    return TABLE[str(max((c for c in listed if c <= capability), default=listed[0]))]
+def table_for(capability: int) -> dict[str, dict[str, int]]:
+    """ "operator/kernel/…" → constants, for that capability; the lowest listed serves older devices too."""
+    lowest, *others = sorted(int(c) for c in TABLE)
+    entries = dict(TABLE[str(lowest)])
+    for listed in others:
+        if listed <= capability:
+            entries |= TABLE[str(listed)]
+    return entries
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def capability_of(x: Tensor) -> int:
 def configuration(x: Tensor, *key: str | int) -> dict[str, int] | None:
     """Constants of the launch for "operator", "kernel", … and the width of x's elements; None if not listed."""
     width = 16 if x.dtype.itemsize == 2 else 32
-    return _column_of_table(capability_of(x)).get("/".join(map(str, (*key, f"{width}bit"))))
+    return table_for(capability_of(x)).get("/".join(map(str, (*key, f"{width}bit"))))
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:

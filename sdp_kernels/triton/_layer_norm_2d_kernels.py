@@ -4,14 +4,14 @@ A tile is PIXELS × BLOCK, pixels × channels, whatever lies next to each other 
 stride of 1 is compiled in. COLUMNS says that pixels are the fast dimension (contiguous pictures), which makes a kernel
 of its own of each: threads, loads and reductions run along the pixels there, along the channels otherwise.
 EXTENT_BY (1, 2, 4 or 8) divides the fast dimension's length, X_BY and the like all strides of a tensor across it (1
-where its fast stride isn't 1): what wide loads rest on.
+where its fast stride isn't 1): what wide loads rest on. ALIKE: all tensors have x's strides, so offsets are shared.
 
 Where all channels of a tile fit on chip BLOCK spans them, x (and dy) are read once, and GIVEN is false. Above that a
 first kernel (`statistics`, `row_means`) walks the channels chunk by chunk; the second has its results GIVEN and works
 on each chunk by itself.
 
-Pixels are numbered within a sample, cut by `width` into rows only where those are not evenly spaced (SPLIT). Of each
-sample the first `registers` are register rows. Everything computes in ACC and rounds once.
+Pixels are numbered within a sample, cut by `width` into rows only where those are not evenly spaced (REACH "split").
+Of each sample the first `registers` are register rows. Everything computes in ACC and rounds once.
 """
 
 import triton
@@ -54,22 +54,30 @@ def _masks(
 
 
 @triton.jit
-def _place(
-    sample, pixel, channel, width, batch, row, column, channel_step,
-    BY: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+def _at(
+    ptr, place, strides, PIXELS: tl.constexpr, BY: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr
 ):  # fmt: skip
-    """Offsets of a tile's elements in a tensor; sample, pixel and channel are int64, so no product overflows."""
+    """Pointers to a tile's elements in a tensor: the tile's own place is int64, offsets within it int32 if "near"."""
+    sample, start, channel, width = place
+    batch, row, column, channel_step = strides
     batch = _multiple(batch, BY)
     row = _multiple(row, BY)
     if COLUMNS:
         channel_step = _multiple(channel_step, BY)
     else:
         column = _multiple(column, BY)
-    if SPLIT:
+    lane = tl.arange(0, PIXELS)
+    ptr += sample * batch
+    if REACH == "split":
+        pixel = start + lane
         along = (pixel // width) * row + (pixel % width) * column
+        return ptr + (along[:, None] + (channel.to(tl.int64) * channel_step)[None, :])
+    elif REACH == "far":
+        ptr += start * column
+        return ptr + ((lane.to(tl.int64) * column)[:, None] + (channel.to(tl.int64) * channel_step)[None, :])
     else:
-        along = pixel * column
-    return sample * batch + along[:, None] + (channel * channel_step)[None, :]
+        ptr += start * column
+        return ptr + ((lane * column)[:, None] + (channel * channel_step)[None, :])
 
 
 @_jit
@@ -79,29 +87,35 @@ def forward(
     x_batch, x_row, x_column, x_channel,
     r_batch, r_row, r_column, r_channel,
     y_batch, y_row, y_column, y_channel,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
-    REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr, X_BY: tl.constexpr, R_BY: tl.constexpr, Y_BY: tl.constexpr,
-    ACC: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
+    ALIKE: tl.constexpr, REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr, X_BY: tl.constexpr, R_BY: tl.constexpr,
+    Y_BY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y, and mean and rstd unless GIVEN. With a residual: sum = x + residual in y's strides, and the norm of that."""
+    if ALIKE:
+        r_batch, r_row, r_column, r_channel = x_batch, x_row, x_column, x_channel
+        y_batch, y_row, y_column, y_channel = x_batch, x_row, x_column, x_channel
     program = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
     if GIVEN:
         chunks = tl.cdiv(channels, BLOCK)
-        channel += (program % chunks) * BLOCK
+        channel += (program % chunks).to(tl.int32) * BLOCK
         program = program // chunks
     sample = program // tiles
-    pixel = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    start = (program % tiles) * PIXELS
+    pixel = start + tl.arange(0, PIXELS)
+    place = (sample, start, channel, width)
     inside, image = _masks(pixel, channel, pixels, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
-    weight = tl.load(weight_ptr + channel * weight_step, channel < channels, other=0.0).to(ACC)
-    bias = tl.load(bias_ptr + channel * bias_step, channel < channels, other=0.0).to(ACC)
-    x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-    y_at = _place(sample, pixel, channel, width, y_batch, y_row, y_column, y_channel, Y_BY, COLUMNS, SPLIT)
-    x = tl.load(x_ptr + x_at, inside, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + channel.to(tl.int64) * weight_step, channel < channels, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + channel.to(tl.int64) * bias_step, channel < channels, other=0.0).to(ACC)
+    x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+    y_at = _at(y_ptr, place, (y_batch, y_row, y_column, y_channel), PIXELS, Y_BY, COLUMNS, REACH)
+    x = tl.load(x_at, inside, other=0.0).to(ACC)
     if residual_ptr is not None:
-        r_at = _place(sample, pixel, channel, width, r_batch, r_row, r_column, r_channel, R_BY, COLUMNS, SPLIT)
-        total = (x + tl.load(residual_ptr + r_at, inside, other=0.0).to(ACC)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + y_at, total, inside)
+        r_at = _at(residual_ptr, place, (r_batch, r_row, r_column, r_channel), PIXELS, R_BY, COLUMNS, REACH)
+        total = (x + tl.load(r_at, inside, other=0.0).to(ACC)).to(sum_ptr.dtype.element_ty)
+        sum_at = _at(sum_ptr, place, (y_batch, y_row, y_column, y_channel), PIXELS, Y_BY, COLUMNS, REACH)
+        tl.store(sum_at, total, inside)
         x = total.to(ACC)  # as rounded, which is what backward will see
     kept = sample * pixels + pixel
     if GIVEN:
@@ -120,7 +134,7 @@ def forward(
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     if REGISTERS:
         y = tl.where(image[:, None], y, 0.0)
-    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @_jit
@@ -130,26 +144,32 @@ def statistics(
     x_batch, x_row, x_column, x_channel,
     r_batch, r_row, r_column, r_channel,
     y_batch, y_row, y_column, y_channel,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, REGISTERS: tl.constexpr,
-    EXTENT_BY: tl.constexpr, X_BY: tl.constexpr, R_BY: tl.constexpr, Y_BY: tl.constexpr, ACC: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, ALIKE: tl.constexpr,
+    REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr, X_BY: tl.constexpr, R_BY: tl.constexpr,
+    Y_BY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """mean and rstd chunk by chunk, merged by Chan's formula (no cancellation); sum = x + residual if there is one."""
+    if ALIKE:
+        r_batch, r_row, r_column, r_channel = x_batch, x_row, x_column, x_channel
+        y_batch, y_row, y_column, y_channel = x_batch, x_row, x_column, x_channel
     program = tl.program_id(0).to(tl.int64)
     sample = program // tiles
-    pixel = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    start = (program % tiles) * PIXELS
+    pixel = start + tl.arange(0, PIXELS)
     mean = tl.zeros([PIXELS], ACC)
     squares = tl.zeros([PIXELS], ACC)
     image = pixel < pixels
     for first in tl.range(0, channels, BLOCK):
-        channel = first + tl.arange(0, BLOCK).to(tl.int64)
+        channel = first + tl.arange(0, BLOCK)
+        place = (sample, start, channel, width)
         inside, image = _masks(pixel, channel, pixels, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
-        x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-        x = tl.load(x_ptr + x_at, inside, other=0.0).to(ACC)
+        x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+        x = tl.load(x_at, inside, other=0.0).to(ACC)
         if residual_ptr is not None:
-            r_at = _place(sample, pixel, channel, width, r_batch, r_row, r_column, r_channel, R_BY, COLUMNS, SPLIT)
-            y_at = _place(sample, pixel, channel, width, y_batch, y_row, y_column, y_channel, Y_BY, COLUMNS, SPLIT)
-            total = (x + tl.load(residual_ptr + r_at, inside, other=0.0).to(ACC)).to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + y_at, total, inside)
+            r_at = _at(residual_ptr, place, (r_batch, r_row, r_column, r_channel), PIXELS, R_BY, COLUMNS, REACH)
+            sum_at = _at(sum_ptr, place, (y_batch, y_row, y_column, y_channel), PIXELS, Y_BY, COLUMNS, REACH)
+            total = (x + tl.load(r_at, inside, other=0.0).to(ACC)).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_at, total, inside)
             x = total.to(ACC)
         here = tl.minimum(channels - first, BLOCK).to(ACC)
         before = tl.zeros([1], ACC) + first
@@ -173,27 +193,31 @@ def row_means(
     tiles, pixels, width, channels, registers, count, weight_step,
     g_batch, g_row, g_column, g_channel,
     x_batch, x_row, x_column, x_channel,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, REGISTERS: tl.constexpr,
-    EXTENT_BY: tl.constexpr, G_BY: tl.constexpr, X_BY: tl.constexpr, ACC: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr, ALIKE: tl.constexpr,
+    REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr, G_BY: tl.constexpr, X_BY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """means (2, count): at each pixel, over the channels, of dy·weight and of dy·weight·(x − mean)·rstd."""
+    if ALIKE:
+        g_batch, g_row, g_column, g_channel = x_batch, x_row, x_column, x_channel
     program = tl.program_id(0).to(tl.int64)
     sample = program // tiles
-    pixel = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    start = (program % tiles) * PIXELS
+    pixel = start + tl.arange(0, PIXELS)
     kept = sample * pixels + pixel
     scaled_sum = tl.zeros([PIXELS], ACC)
     product_sum = tl.zeros([PIXELS], ACC)
     for first in tl.range(0, channels, BLOCK):
-        channel = first + tl.arange(0, BLOCK).to(tl.int64)
+        channel = first + tl.arange(0, BLOCK)
+        place = (sample, start, channel, width)
         inside, image = _masks(pixel, channel, pixels, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
         inside = inside & image[:, None]
         mean = tl.load(mean_ptr + kept, image, other=0.0)
         rstd = tl.load(rstd_ptr + kept, image, other=0.0)
-        weight = tl.load(weight_ptr + channel * weight_step, channel < channels, other=0.0).to(ACC)
-        g_at = _place(sample, pixel, channel, width, g_batch, g_row, g_column, g_channel, G_BY, COLUMNS, SPLIT)
-        x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-        scaled = tl.load(grad_ptr + g_at, inside, other=0.0).to(ACC) * weight[None, :]
-        unit = (tl.load(x_ptr + x_at, inside, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
+        weight = tl.load(weight_ptr + channel.to(tl.int64) * weight_step, channel < channels, other=0.0).to(ACC)
+        g_at = _at(grad_ptr, place, (g_batch, g_row, g_column, g_channel), PIXELS, G_BY, COLUMNS, REACH)
+        x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+        scaled = tl.load(g_at, inside, other=0.0).to(ACC) * weight[None, :]
+        unit = (tl.load(x_at, inside, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
         scaled_sum += tl.sum(scaled, 1)
         product_sum += tl.sum(scaled * unit, 1)
     tl.store(means_ptr + kept, scaled_sum / channels, pixel < pixels)
@@ -209,21 +233,25 @@ def backward(
     x_batch, x_row, x_column, x_channel,
     y_batch, y_row, y_column, y_channel,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr, G_BY: tl.constexpr, S_BY: tl.constexpr,
-    X_BY: tl.constexpr, Y_BY: tl.constexpr, ACC: tl.constexpr,
+    REACH: tl.constexpr, ALIKE: tl.constexpr, REGISTERS: tl.constexpr, EXTENT_BY: tl.constexpr,
+    G_BY: tl.constexpr, S_BY: tl.constexpr, X_BY: tl.constexpr, Y_BY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx, and this block's row of the partial sums (2, blocks, channels) of dweight and dbias.
 
     A block goes over its `per_block` tiles, of `every` tile, in order; with AHEAD the next tile's x and dy are on their
-    way meanwhile. Register rows are masked out of the loads: nothing of theirs gets into a sum, their dx is grad_sum or 0.
+    way meanwhile. Register rows are masked out of the loads: no sum contains them, and their dx is grad_sum or 0.
     """
+    if ALIKE:
+        g_batch, g_row, g_column, g_channel = x_batch, x_row, x_column, x_channel
+        s_batch, s_row, s_column, s_channel = x_batch, x_row, x_column, x_channel
+        y_batch, y_row, y_column, y_channel = x_batch, x_row, x_column, x_channel
     block = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
     if GIVEN:
         chunks = tl.cdiv(channels, BLOCK)
-        channel += (block % chunks) * BLOCK
+        channel += (block % chunks).to(tl.int32) * BLOCK
         block = block // chunks
-    weight = tl.load(weight_ptr + channel * weight_step, channel < channels, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + channel.to(tl.int64) * weight_step, channel < channels, other=0.0).to(ACC)
     # Along the channels each thread sums over its own pixels first; along the pixels that would fill the registers.
     if COLUMNS:
         dweight = tl.zeros([BLOCK], ACC)
@@ -235,32 +263,38 @@ def backward(
     last = tl.minimum(first + per_block, every)
     if AHEAD:
         sample = first // tiles
-        pixel = (first % tiles) * PIXELS + tl.arange(0, PIXELS)
+        start = (first % tiles) * PIXELS
+        pixel = start + tl.arange(0, PIXELS)
+        place = (sample, start, channel, width)
         inside, image = _masks(pixel, channel, pixels, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
-        g_at = _place(sample, pixel, channel, width, g_batch, g_row, g_column, g_channel, G_BY, COLUMNS, SPLIT)
-        x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-        next_dy = tl.load(grad_ptr + g_at, inside & image[:, None], other=0.0)
-        next_x = tl.load(x_ptr + x_at, inside & image[:, None], other=0.0)
-    for tile in tl.range(first, last):
+        g_at = _at(grad_ptr, place, (g_batch, g_row, g_column, g_channel), PIXELS, G_BY, COLUMNS, REACH)
+        x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+        next_dy = tl.load(g_at, inside & image[:, None], other=0.0)
+        next_x = tl.load(x_at, inside & image[:, None], other=0.0)
+    for tile in tl.range(first, last, disable_licm=True):  # hoisted offsets would fill the registers
         if AHEAD:
             dy = next_dy.to(ACC)
             x = next_x.to(ACC)
             sample = (tile + 1) // tiles
-            pixel = ((tile + 1) % tiles) * PIXELS + tl.arange(0, PIXELS)
+            start = ((tile + 1) % tiles) * PIXELS
+            pixel = start + tl.arange(0, PIXELS)
+            place = (sample, start, channel, width)
             there = tl.where(tile + 1 < last, pixels, 0)
             inside, image = _masks(pixel, channel, there, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
-            g_at = _place(sample, pixel, channel, width, g_batch, g_row, g_column, g_channel, G_BY, COLUMNS, SPLIT)
-            x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-            next_dy = tl.load(grad_ptr + g_at, inside & image[:, None], other=0.0)
-            next_x = tl.load(x_ptr + x_at, inside & image[:, None], other=0.0)
+            g_at = _at(grad_ptr, place, (g_batch, g_row, g_column, g_channel), PIXELS, G_BY, COLUMNS, REACH)
+            x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+            next_dy = tl.load(g_at, inside & image[:, None], other=0.0)
+            next_x = tl.load(x_at, inside & image[:, None], other=0.0)
         sample = tile // tiles
-        pixel = (tile % tiles) * PIXELS + tl.arange(0, PIXELS)
+        start = (tile % tiles) * PIXELS
+        pixel = start + tl.arange(0, PIXELS)
+        place = (sample, start, channel, width)
         inside, image = _masks(pixel, channel, pixels, channels, registers, EXTENT_BY, COLUMNS, REGISTERS)
         if not AHEAD:
-            g_at = _place(sample, pixel, channel, width, g_batch, g_row, g_column, g_channel, G_BY, COLUMNS, SPLIT)
-            x_at = _place(sample, pixel, channel, width, x_batch, x_row, x_column, x_channel, X_BY, COLUMNS, SPLIT)
-            dy = tl.load(grad_ptr + g_at, inside & image[:, None], other=0.0).to(ACC)
-            x = tl.load(x_ptr + x_at, inside & image[:, None], other=0.0).to(ACC)
+            g_at = _at(grad_ptr, place, (g_batch, g_row, g_column, g_channel), PIXELS, G_BY, COLUMNS, REACH)
+            x_at = _at(x_ptr, place, (x_batch, x_row, x_column, x_channel), PIXELS, X_BY, COLUMNS, REACH)
+            dy = tl.load(g_at, inside & image[:, None], other=0.0).to(ACC)
+            x = tl.load(x_at, inside & image[:, None], other=0.0).to(ACC)
         kept = sample * pixels + pixel
         mean = tl.load(mean_ptr + kept, image, other=0.0)
         rstd = tl.load(rstd_ptr + kept, image, other=0.0)
@@ -280,10 +314,10 @@ def backward(
             product_mean = tl.sum(scaled * unit, 1) / channels
         dx = (scaled - scaled_mean[:, None] - unit * product_mean[:, None]) * rstd[:, None]
         if grad_sum_ptr is not None:
-            s_at = _place(sample, pixel, channel, width, s_batch, s_row, s_column, s_channel, S_BY, COLUMNS, SPLIT)
-            dx += tl.load(grad_sum_ptr + s_at, inside, other=0.0).to(ACC)
-        y_at = _place(sample, pixel, channel, width, y_batch, y_row, y_column, y_channel, Y_BY, COLUMNS, SPLIT)
-        tl.store(dx_ptr + y_at, dx.to(dx_ptr.dtype.element_ty), inside)
+            s_at = _at(grad_sum_ptr, place, (s_batch, s_row, s_column, s_channel), PIXELS, S_BY, COLUMNS, REACH)
+            dx += tl.load(s_at, inside, other=0.0).to(ACC)
+        y_at = _at(dx_ptr, place, (y_batch, y_row, y_column, y_channel), PIXELS, Y_BY, COLUMNS, REACH)
+        tl.store(y_at, dx.to(dx_ptr.dtype.element_ty), inside)
     if not COLUMNS:
         dweight = tl.sum(dweight, 0)
         dbias = tl.sum(dbias, 0)

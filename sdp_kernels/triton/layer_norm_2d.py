@@ -17,6 +17,7 @@ from . import _layer_norm_2d_kernels as kernels
 from ._launch import ACCUMULATOR, configuration, launch, register
 
 OPERATOR = "layer_norm_2d"
+CHANNEL_CLASSES = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Strides = tuple[int, int, int, int]
 
 
@@ -42,28 +43,29 @@ class Geometry:
 
     @property
     def layout(self) -> str:
-        return "columns" if self.columns else "rows"
+        """Along what threads go; "odd" where no load can be wide, which takes many more registers."""
+        wide = min(self._divisor(self.strides[0]), math.gcd(8, self.pixels if self.columns else self.channels)) >= 4
+        return ("" if wide else "odd ") + ("columns" if self.columns else "rows")
 
-    def constants(self, registers: int, x: Tensor, **more: Strides | int) -> dict:
-        """The kernels' constants; strides given by the tensor's letter become their divisor (X=… → X_BY=…)."""
-        constants = {
+    def constants(self, registers: int, x: Tensor, pixels: int, block: int, **strides: Strides) -> dict:
+        """The kernels' constants for tiles of pixels × block; strides by the tensor's letter give its divisor."""
+        reach = max(pixels * column + (self.channels + block) * channel for _, _, column, channel in self.strides)
+        return {
+            "PIXELS": pixels,
+            "BLOCK": block,
             "COLUMNS": self.columns,
-            "SPLIT": self.split,
+            "REACH": "split" if self.split else "far" if reach >= 2**31 else "near",
+            "ALIKE": len(set(strides.values())) == 1,
             "REGISTERS": registers > 0,
             "ACC": ACCUMULATOR[x.dtype],
+            "EXTENT_BY": math.gcd(8, self.pixels if self.columns else self.channels),
+            **{f"{name}_BY": self._divisor(value) for name, value in strides.items()},
         }
-        constants["EXTENT_BY"] = math.gcd(8, self.pixels if self.columns else self.channels)
-        for name, value in more.items():
-            if isinstance(value, tuple):
-                constants[f"{name}_BY"] = self._divisor(value)
-            else:
-                constants[name] = value
-        return constants
 
     def _divisor(self, strides: Strides) -> int:
         batch, row, column, channel = strides
         fast, across = (column, channel) if self.columns else (channel, column)
-        return math.gcd(8, across, batch if self.batch > 1 else 0, row if self.split else 0) if fast == 1 else 1
+        return math.gcd(8, across, batch, row if self.split else 0) if fast == 1 else 1
 
 
 def geometry(tensors: list[Tensor], registers: int) -> Geometry:
@@ -84,16 +86,12 @@ def geometry(tensors: list[Tensor], registers: int) -> Geometry:
     return Geometry(batch, pixels, width, channels, tuple(strides), columns, split)
 
 
-def channel_class(channels: int) -> int:
-    """16, or the power of two from 64 on, that holds all channels."""
-    return 16 if channels <= 16 else max(64, triton.next_power_of_2(channels))
-
-
-def _tile_constants(x: Tensor, pass_: str, g: Geometry) -> tuple[dict[str, int] | None, int]:
-    """The table's entry for tiles of all channels and their width, or (None, 0) if they don't fit on chip."""
-    block = channel_class(g.channels)
-    entry = configuration(x, OPERATOR, pass_, g.layout, block)
-    return (entry, block) if entry else (None, 0)
+def tile_of_all_channels(x: Tensor, pass_: str, g: Geometry) -> tuple[dict[str, int] | None, int]:
+    """The table's first entry that holds all channels, and how many it holds; (None, 0) if they don't fit on chip."""
+    for block in CHANNEL_CLASSES:
+        if block >= g.channels and (entry := configuration(x, OPERATOR, pass_, g.layout, block)):
+            return entry, block
+    return None, 0
 
 
 @register("layer_norm_2d_fwd")
@@ -108,10 +106,10 @@ def layer_norm_2d_fwd(
     mean, rstd = x.new_empty(per_pixel, dtype=dtype), x.new_empty(per_pixel, dtype=dtype)
     g = geometry([y, x, x if residual is None else residual], registers)
     y_strides, x_strides, r_strides = g.strides
-    entry, block = _tile_constants(x, "forward", g)
+    entry, block = tile_of_all_channels(x, "forward", g)
     given, chunks = entry is None, 1
     if given:
-        first = configuration(x, OPERATOR, "statistics", g.layout)
+        first = configuration(x, OPERATOR, "statistics", "columns" if g.columns else "rows")
         tiles = triton.cdiv(g.pixels, first["pixels"])
         launch(
             kernels.statistics,
@@ -120,13 +118,11 @@ def layer_norm_2d_fwd(
             *(tiles, g.pixels, g.width, g.channels, registers, eps),
             *(*x_strides, *r_strides, *y_strides),
             warps=first["warps"],
-            **g.constants(
-                registers, x, PIXELS=first["pixels"], BLOCK=first["block"], X=x_strides, R=r_strides, Y=y_strides
-            ),
+            **g.constants(registers, x, first["pixels"], first["block"], X=x_strides, R=r_strides, Y=y_strides),
         )
         if residual is not None:  # the sum is there already, and has y's strides
             x, x_strides, residual = total, y_strides, None
-        entry = configuration(x, OPERATOR, "normalise", g.layout)
+        entry = configuration(x, OPERATOR, "normalise", "columns" if g.columns else "rows")
         block = entry["block"]
         chunks = triton.cdiv(g.channels, block)
     tiles = triton.cdiv(g.pixels, entry["pixels"])
@@ -138,7 +134,7 @@ def layer_norm_2d_fwd(
         *(*x_strides, *r_strides, *y_strides),
         warps=entry["warps"],
         GIVEN=given,
-        **g.constants(registers, x, PIXELS=entry["pixels"], BLOCK=block, X=x_strides, R=r_strides, Y=y_strides),
+        **g.constants(registers, x, entry["pixels"], block, X=x_strides, R=r_strides, Y=y_strides),
     )
     return y, mean, rstd, total
 
@@ -153,10 +149,10 @@ def layer_norm_2d_bwd(
     g = geometry([dx, x, grad, grad if grad_sum is None else grad_sum], registers)
     dx_strides, x_strides, g_strides, s_strides = g.strides
     count = g.batch * g.pixels
-    entry, block = _tile_constants(x, "backward", g)
+    entry, block = tile_of_all_channels(x, "backward", g)
     means, chunks = None, 1
     if entry is None:
-        first = configuration(x, OPERATOR, "row_means", g.layout)
+        first = configuration(x, OPERATOR, "row_means", "columns" if g.columns else "rows")
         means = mean.new_empty((2, count))
         tiles = triton.cdiv(g.pixels, first["pixels"])
         launch(
@@ -166,9 +162,9 @@ def layer_norm_2d_bwd(
             *(tiles, g.pixels, g.width, g.channels, registers, count, weight.stride(0)),
             *(*g_strides, *x_strides),
             warps=first["warps"],
-            **g.constants(registers, x, PIXELS=first["pixels"], BLOCK=first["block"], G=g_strides, X=x_strides),
+            **g.constants(registers, x, first["pixels"], first["block"], G=g_strides, X=x_strides),
         )
-        entry = configuration(x, OPERATOR, "apply", g.layout)
+        entry = configuration(x, OPERATOR, "apply", "columns" if g.columns else "rows")
         block = entry["block"]
         chunks = triton.cdiv(g.channels, block)
     tiles = triton.cdiv(g.pixels, entry["pixels"])
@@ -185,9 +181,7 @@ def layer_norm_2d_bwd(
         warps=entry["warps"],
         GIVEN=means is not None,
         AHEAD=bool(entry["ahead"]),
-        **g.constants(
-            registers, x, PIXELS=entry["pixels"], BLOCK=block, G=g_strides, S=s_strides, X=x_strides, Y=dx_strides
-        ),
+        **g.constants(registers, x, entry["pixels"], block, G=g_strides, S=s_strides, X=x_strides, Y=dx_strides),
     )
     dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
     last = configuration(x, OPERATOR, "add_partials", "narrow" if g.channels <= 1024 else "wide")

@@ -75,18 +75,19 @@ def _calls(key: str):
         }[parts[2]]
         grad = torch.empty(x.shape, dtype=dtype)
         return (lambda: kelu.kelu_fwd(x)) if parts[1] == "forward" else (lambda: kelu.kelu_bwd(grad, x)), 0
-    layout = "columns" if "columns" in parts else "rows"
+    layout = parts[2].removeprefix("odd ")
+    pixels = 15 if parts[2] == "odd columns" else 16
     if parts[1] in ("forward", "backward"):
-        channels, which = int(parts[3]) * 3 // 4, 0
+        channels, which = int(parts[3]) * 3 // 4 - (parts[2] == "odd rows"), 0
     elif parts[1] == "add_partials":
         channels, which = (768, 1) if parts[2] == "narrow" else (1536, 1)
     else:
         channels, which = 16384, 1 if parts[1] in ("normalise", "apply") else 0
-    x = torch.empty(2, channels, 16, 16, dtype=dtype)
+    x = torch.empty(2, channels, pixels, pixels, dtype=dtype)
     if layout == "rows":
         x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels)
-    statistics = torch.empty(2, 16, 16)
+    statistics = torch.empty(2, pixels, pixels)
     if parts[1] in ("forward", "statistics", "normalise"):
         return (lambda: layer_norm_2d.layer_norm_2d_fwd(x, x, weight, weight, 1e-6, 0)), which
     return (lambda: layer_norm_2d.layer_norm_2d_bwd(x, x, x, weight, statistics, statistics, 0)), which
@@ -170,9 +171,9 @@ def measure(launched: Launched, capability: int) -> dict:
 
 
 def _table(capability: int) -> list[str]:
-    from sdp_kernels.triton._launch import _column_of_table
+    from sdp_kernels.triton._launch import table_for
 
-    return sorted(_column_of_table(capability))
+    return sorted(table_for(capability))
 
 
 def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
@@ -182,7 +183,7 @@ def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
         capability = int(target.removeprefix("sm_"))
         for key in _table(capability)[share::shares]:
             operator, rest = key.split("/", 1)
-            found[f"triton/{operator}/{rest}/{target}"] = measure(recorded(key), capability)
+            found[f"triton/{operator}/{rest}/{target}".replace(" ", "-")] = measure(recorded(key), capability)
     return found
 
 

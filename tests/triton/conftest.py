@@ -1,0 +1,9 @@
+"""The interpreted tests belong to processes of their own, which test_interpreter.py starts."""
+
+import os
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "proof(name): one of the ways a GPU kernel is proven without a GPU")

@@ -105,28 +105,30 @@ def every_reason(operator: str, device_type: str, dtype: torch.dtype) -> dict[st
     return {name: b.unsupported_reasons(operator, device_type, dtype) for name, b in BACKENDS.items()}
 
 
-def choose(operator: str, x: Tensor, backend: str | None = None) -> str:
+def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[str, str] | None = None) -> str:
     """Name of the backend to run ``operator`` on ``x``. ``backend`` asks for one by name.
+
+    ``limits`` are the operator's own reasons against this case: backend → reason.
 
     Raises ValueError for an unknown name and :class:`UnsupportedError` when a named backend cannot do the case.
     """
-    device_type, dtype = x.device.type, x.dtype
+    device_type, dtype, limits = x.device.type, x.dtype, limits or {}
     requested = check_backend(backend) or _forced
     if requested == "composed" and backend is None and operator not in BACKENDS["composed"].operators:
         requested = None  # a part of a composed operator: it chooses for itself
     if requested is not None:
-        if not BACKENDS[requested].unsupported_reasons(operator, device_type, dtype):
+        if requested not in limits and not BACKENDS[requested].unsupported_reasons(operator, device_type, dtype):
             return requested
-        lines = [
-            f"  {name}: {'; '.join(reasons) or 'can'}"
-            for name, reasons in every_reason(operator, device_type, dtype).items()
-        ]
+        told = every_reason(operator, device_type, dtype)
+        for name, reason in limits.items():
+            told[name] = [*told[name], reason]
+        lines = [f"  {name}: {'; '.join(reasons) or 'can'}" for name, reasons in told.items()]
         raise UnsupportedError(
             f"backend {requested!r} cannot run {operator} on {device_type} tensors of {dtype}:\n" + "\n".join(lines)
         )
     for name, candidate in BACKENDS.items():
-        if name == "triton" and INTERPRETING:
-            continue  # only when asked for by name
+        if (name == "triton" and INTERPRETING) or name in limits:
+            continue  # the interpreter runs only when asked for by name
         if not candidate.unsupported_reasons(operator, device_type, dtype):
             if name == "reference":
                 _report_fallback(operator, device_type, dtype)

@@ -129,6 +129,10 @@ inline void write_element(const Tensor& t, int64_t i, double value) {
 }
 
 inline int64_t accumulator_bytes(int dtype) { return dtype == 0 ? 8 : 4; }
+inline torch::headeronly::ScalarType accumulator_dtype(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // Memory for the length of a call, aligned to a cache line; zeroed if asked for.
 class Scratch {

@@ -420,11 +420,6 @@ struct Geometry {
   }
 };
 
-torch::headeronly::ScalarType statistics_dtype(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Cuts the flat range [begin, end) of pixel groups, `per_sample` to a sample, at the samples' borders.
 template <class Body>
 void by_sample(int64_t begin, int64_t end, int64_t per_sample, const Body& body) {
@@ -442,8 +437,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   Tensor y = torch::stable::empty_like(x);
   Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   const Geometry g(y);
-  Tensor mean = torch::stable::new_empty(x, g.statistics_shape(x), statistics_dtype(x));
-  Tensor rstd = torch::stable::new_empty(x, g.statistics_shape(x), statistics_dtype(x));
+  Tensor mean = torch::stable::new_empty(x, g.statistics_shape(x), accumulator_dtype(x));
+  Tensor rstd = torch::stable::new_empty(x, g.statistics_shape(x), accumulator_dtype(x));
   const int dtype = dtype_index(x);
   const Scratch wide_weight = widened(weight, dtype), wide_bias = widened(bias, dtype);
 

@@ -16,11 +16,14 @@ NAMESPACES = tuple(dict.fromkeys(b.namespace for b in BACKENDS.values() if b.nam
 _LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
 _SCHEMAS: dict[str, str] = {}
 OPERATORS: dict[str, tuple[str, ...]] = {}
-"""Operator → names of its kernels, e.g. ``kelu`` → (``kelu_fwd``, ``kelu_bwd``); empty for composite operators."""
+"""Operator → names of the kernels it needs, e.g. ``kelu`` → (``kelu_fwd``, ``kelu_bwd``)."""
 
 
-def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable]) -> None:
-    """Declare an operator: the same schemas and fakes in every namespace; its reference counts as there."""
+def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable], uses: tuple[str, ...] = ()) -> None:
+    """Declare an operator: the same schemas and fakes in every namespace; its reference counts as there.
+
+    ``uses`` names kernels of other operators that it is built from: a backend has it when it has all of them.
+    """
     if schemas.keys() != fakes.keys():
         raise ValueError(f"{operator}: every schema needs a fake, got {sorted(schemas)} and {sorted(fakes)}")
     for namespace, library in _LIBRARIES.items():
@@ -28,7 +31,7 @@ def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable]) -
             library.define(name + text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
     _SCHEMAS.update(schemas)
-    OPERATORS[operator] = tuple(schemas)
+    OPERATORS[operator] = (*schemas, *uses)
     BACKENDS["reference"].operators.add(operator)
 
 
@@ -42,9 +45,22 @@ def launch(backend: str, kernel: str, *args):
     return getattr(getattr(torch.ops, BACKENDS[backend].namespace), kernel).default(*args)
 
 
+def other_than(x: torch.Tensor, same: torch.Tensor | None) -> torch.Tensor | None:
+    """``same``, as a view if it is x itself: a traced autograd.Function takes no tensor twice."""
+    return same.view_as(same) if same is x else same
+
+
 def differentiating_twice() -> bool:
     """True inside a backward pass that is itself recorded (``create_graph=True``); never while compiling."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def refuse_double_backward(operator: str) -> None:
+    """The clear error of operators whose fused backward is not itself differentiable."""
+    if differentiating_twice():
+        raise RuntimeError(
+            f"{operator} is not twice differentiable on this backend; use backend='reference' where create_graph=True"
+        )
 
 
 def differentiate_reference(form: Callable, inputs: tuple, grad: torch.Tensor) -> tuple:

@@ -1,11 +1,17 @@
 """The ConvMLP half of an SdP-Net block as one operator."""
 
+import functools
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choose
 from ..composed import conv_mlp as composed
 from ..reference.conv_mlp import ConvMLPWeights
+from ..reference.philox import drop_path_mask
+from ..reference.precision import autocast_dtype
 from ._checks import (
     check_eps,
     check_floating,
@@ -17,13 +23,22 @@ from ._checks import (
     check_registers,
     check_rng,
 )
-from ._contract import define
+from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
 from .depthwise_conv2d import check_kernel
+from .linear import Branch, branch_bwd, branch_fwd
 
 SCHEMAS = {}
 
-define("conv_mlp", SCHEMAS, {})
+define(
+    "conv_mlp",
+    SCHEMAS,
+    {},
+    uses=(
+        *("layer_norm_2d_fwd", "layer_norm_2d_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd"),
+        *("linear_epilogue_fwd", "linear_epilogue_bwd"),
+    ),
+)
 
 _OPTIONAL = {"depthwise_bias", "pointwise_bias", "layer_scale1", "expand_bias", "project_bias", "layer_scale2"}
 
@@ -44,6 +59,96 @@ def _check_weights(weights: ConvMLPWeights, channels: int, x: Tensor) -> None:
     for name, value in zip(ConvMLPWeights._fields, weights, strict=True):
         if value is not None or name not in _OPTIONAL:
             check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+
+
+class _Options(NamedTuple):
+    """Everything about one call that is not a tensor."""
+
+    grid: list[int]
+    registers: int
+    activation: str
+    eps: float
+    backend: str
+
+
+class _ConvMLP(torch.autograd.Function):
+    """Both branches as one node. Of what lies between it keeps the convolution's result, both pre-activations and the
+    first branch's result, 3C + hidden elements a token beside x, and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x, mask1, mask2, o: _Options, *weights):
+        w, inner = ConvMLPWeights(*weights), Branch(o.activation, o.registers, o.backend)
+        n, mean1, rstd1, _ = _norm(x, w.norm1_weight, w.norm1_bias, o)
+        conv = launch(
+            o.backend, "depthwise_conv2d_fwd", n.to(w.pointwise_weight.dtype), w.depthwise_weight, w.depthwise_bias,
+            o.grid, o.registers, None, None, None, None,
+        )  # fmt: skip
+        x1, z = branch_fwd(conv, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, x, mask1, inner)
+        n, mean2, rstd2, _ = _norm(x1, w.norm2_weight, w.norm2_bias, o)
+        h, hidden = branch_fwd(n.to(conv.dtype), w.expand_weight, w.expand_bias, None, None, None, inner)
+        outer = inner._replace(activation="none")
+        y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale2, x1, mask2, outer)
+        ctx.save_for_backward(x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights)
+        ctx.options = o
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward("conv_mlp")
+        x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights = ctx.saved_tensors
+        o, w = ctx.options, ConvMLPWeights(*weights)
+        inner = Branch(o.activation, o.registers, o.backend)
+        outer, d = inner._replace(activation="none"), {}
+
+        h = launch(o.backend, "linear_epilogue_fwd", hidden, o.activation, None, None, None, o.registers, 0.0, None, 0)
+        dh, d["project_weight"], d["project_bias"], d["layer_scale2"] = branch_bwd(
+            grad, h, None, w.project_weight, w.project_bias, w.layer_scale2, mask2, outer
+        )
+        del h
+        n = _norm(x1, w.norm2_weight, w.norm2_bias, o)[0].to(conv.dtype)
+        dn, d["expand_weight"], d["expand_bias"], _ = branch_bwd(
+            dh, n, hidden, w.expand_weight, w.expand_bias, None, None, inner
+        )
+        del n, dh
+        dx1, d["norm2_weight"], d["norm2_bias"] = launch(
+            o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
+        )
+        dconv, d["pointwise_weight"], d["pointwise_bias"], d["layer_scale1"] = branch_bwd(
+            dx1, conv, z, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, mask1, inner
+        )
+        if x.dtype == conv.dtype:  # normalised again as the convolution's backward loads it
+            source, norm = x, (mean1, rstd1, w.norm1_weight, w.norm1_bias)
+        else:
+            source, norm = _norm(x, w.norm1_weight, w.norm1_bias, o)[0].to(conv.dtype), (None,) * 4
+        dn, d["depthwise_weight"], d["depthwise_bias"] = launch(
+            o.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, o.registers, *norm
+        )
+        dx, d["norm1_weight"], d["norm1_bias"] = launch(
+            o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, o.registers
+        )
+        gradients = (
+            None if weight is None else d[name].to(weight.dtype) for name, weight in zip(w._fields, w, strict=True)
+        )
+        return dx, None, None, None, *gradients
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, o: _Options) -> tuple[Tensor, ...]:
+    return launch(o.backend, "layer_norm_2d_fwd", x, None, weight, bias, o.eps, o.registers)
+
+
+_CAST = ("depthwise", "pointwise", "expand", "project")
+
+
+def _fused(x, w: ConvMLPWeights, grid, registers, activation, eps, drop_path, rng, layer, backend: str) -> Tensor:
+    """Casts the convolutions' parameters as autocast wants it, draws the masks, and runs the node."""
+    dtype = autocast_dtype(x) or x.dtype
+    parts = (
+        part.to(dtype) if part is not None and name.startswith(_CAST) else part
+        for name, part in zip(w._fields, w, strict=True)
+    )
+    masks = (drop_path_mask(rng, drop_path, layer, x.shape[0], i) if drop_path else None for i in (0, 1))
+    options = _Options(list(grid), registers, activation, float(eps), backend)
+    return _ConvMLP.apply(x, *masks, options, *parts)
 
 
 def conv_mlp(
@@ -74,6 +179,10 @@ def conv_mlp(
     Returns:
         A tensor of x's shape and dtype.
 
+    Fused, it is one autograd node that keeps, beside x, 3C + hidden elements a token: the convolution's result, the two
+    pre-activations and the first branch's result; the norms, the activations and their inputs are computed again. It
+    is not twice differentiable there, and a clear error says so.
+
     Raises:
         TypeError, ValueError: naming the argument; UnsupportedError: named backend.
 
@@ -94,10 +203,17 @@ def conv_mlp(
     if drop_path:
         check_layer(layer)
     check_rng(rng, drop_path, x)
-    form = composed if choose("conv_mlp", x, backend) == "composed" else reference.conv_mlp
+    limits = {}
+    if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
+        limits["cpu"] = f"adds no {autocast_dtype(x)} branch to a {x.dtype} x"
+    chosen = choose("conv_mlp", x, backend, limits)
+    if chosen in ("composed", "reference"):
+        form = (composed if chosen == "composed" else reference.conv_mlp).conv_mlp
+    else:
+        form = functools.partial(_fused, backend=chosen)
     if not picture:
-        return form.conv_mlp(x, weights, grid, registers, activation, eps, drop_path, rng, layer)
+        return form(x, weights, grid, registers, activation, eps, drop_path, rng, layer)
     tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-    y = form.conv_mlp(tokens, weights, (x.shape[2], x.shape[3]), 0, activation, eps, drop_path, rng, layer)
+    y = form(tokens, weights, (x.shape[2], x.shape[3]), 0, activation, eps, drop_path, rng, layer)
     y = y.unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
     return y.contiguous() if x.is_contiguous() else y

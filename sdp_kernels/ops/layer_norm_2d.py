@@ -14,7 +14,7 @@ from ._checks import (
     check_registers,
     check_residual,
 )
-from ._contract import define, differentiating_twice, launch
+from ._contract import define, differentiating_twice, launch, other_than
 
 SCHEMAS = {
     "layer_norm_2d_fwd": (
@@ -139,4 +139,4 @@ def layer_norm_2d(
         return total, reference.layer_norm_2d.layer_norm_2d(total, weight, bias, eps, registers)
     if residual is None:
         return _LayerNorm2d.apply(x, weight, bias, float(eps), registers, chosen)
-    return _AddLayerNorm2d.apply(x, residual, weight, bias, float(eps), registers, chosen)
+    return _AddLayerNorm2d.apply(x, other_than(x, residual), weight, bias, float(eps), registers, chosen)

@@ -1,10 +1,17 @@
 """Linear layer with its epilogues: bias, activation, dropout, LayerScale, drop-path, residual."""
 
+import math
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import reference
 from ..backends import choose
 from ..composed import linear as composed
+from ..reference.philox import drop_path_mask
+from ..reference.precision import accumulate_dtype, autocast_dtype
 from ._checks import (
     check_floating,
     check_layer,
@@ -16,12 +23,107 @@ from ._checks import (
     check_rng,
     check_same_dtype,
 )
-from ._contract import define
+from ._contract import define, launch, other_than, refuse_double_backward
 from .activation import check_activation
 
-SCHEMAS = {}
+SCHEMAS = {
+    "linear_epilogue_fwd": (
+        "(Tensor z, str activation, Tensor? layer_scale, Tensor? path_mask, Tensor? residual, int registers,"
+        " float dropout, Tensor? rng, int layer) -> Tensor"
+    ),
+    "linear_epilogue_bwd": (
+        "(Tensor grad, Tensor z, str activation, Tensor? layer_scale, Tensor? path_mask, int registers,"
+        " float dropout, Tensor? rng, int layer) -> (Tensor dz, Tensor dlayer_scale, Tensor dbias)"
+    ),
+}
+"""The GEMM is the vendor library's; these are the one pass around it. z is (B, T, out). Without activation
+and layer_scale backward reads only z's shape and dtype."""
 
-define("linear", SCHEMAS, {})
+
+def _fake_fwd(z, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer):
+    return (z if residual is None else residual).new_empty(z.shape)
+
+
+def _fake_bwd(grad, z, activation, layer_scale, path_mask, registers, dropout, rng, layer):
+    wide = accumulate_dtype(z.dtype)
+    scales = 0 if layer_scale is None else z.shape[2]
+    return z.new_empty(z.shape), z.new_empty(scales, dtype=wide), z.new_empty(z.shape[2], dtype=wide)
+
+
+define("linear", SCHEMAS, {"linear_epilogue_fwd": _fake_fwd, "linear_epilogue_bwd": _fake_bwd})
+
+
+class Branch(NamedTuple):
+    """What one linear layer with an activation's or a residual's epilogue does, without its tensors."""
+
+    activation: str
+    registers: int
+    backend: str
+    dropout: float = 0.0
+    layer: int = 0
+
+
+def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
+    """(y, z): z = x Wᵀ + bias, and y = residual + mask · γ · dropout(act(z)). x (B, T, in)."""
+    z = F.linear(x, weight, bias)
+    masks = (path_mask, residual, b.registers, b.dropout, rng, b.layer)
+    return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
+
+
+def branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias, dlayer_scale) of :func:`branch_fwd` from y's gradient.
+
+    z may be None where there is no activation: with d = mask · dropout · dy and G = dᵀx, dW = γ ⊙ G and
+    dγ = rowsum(W ⊙ G) + bias ⊙ Σd, so that nothing but x is kept.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    masks = (path_mask, b.registers, b.dropout, rng, b.layer)
+    if b.activation != "none":
+        dz, dscale, dbias = launch(b.backend, "linear_epilogue_bwd", grad, z, b.activation, layer_scale, *masks)
+        dweight = dz.flatten(0, 1).t() @ rows
+        return dz @ weight, dweight, dbias, None if layer_scale is None else dscale
+    like = grad if grad.dtype == x.dtype else grad.new_empty(grad.shape, dtype=x.dtype)
+    d, _, total = launch(b.backend, "linear_epilogue_bwd", grad, like, "none", None, *masks)
+    dweight = d.flatten(0, 1).t() @ rows
+    if layer_scale is None:
+        return d @ weight, dweight, total, None
+    scale = layer_scale.to(total.dtype)
+    dscale = (weight * dweight).sum(1, dtype=total.dtype)
+    if bias is not None:
+        dscale = dscale + bias * total
+    column = scale[:, None]
+    return d @ (column * weight).to(weight.dtype), (column * dweight).to(weight.dtype), scale * total, dscale
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch):
+        y, z = branch_fwd(x, weight, bias, layer_scale, residual, path_mask, branch, rng)
+        z = None if branch.activation == "none" else z
+        ctx.save_for_backward(x, z, weight, bias, layer_scale, path_mask, None if rng is None else rng.clone())
+        ctx.branch, ctx.residual = branch, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward("linear")
+        x, z, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
+        dx, dw, db, dscale = branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng)
+        db = None if bias is None else db.to(bias.dtype)
+        dscale = None if layer_scale is None else dscale.to(layer_scale.dtype)
+        return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
+
+
+def _fused(x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch) -> Tensor:
+    """Casts as autocast wants it, and brings any rank to (B, T, in)."""
+    if (dtype := autocast_dtype(x)) is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if x.dim() != 3:
+        batch = x.shape[0] if x.dim() > 1 else 1
+        x = x.reshape(batch, math.prod(x.shape[1:-1]), x.shape[-1])
+        residual = None if residual is None else residual.reshape(*x.shape[:-1], weight.shape[0])
+    return _Linear.apply(x, weight, bias, layer_scale, residual, path_mask, rng, branch).view(shape)
 
 
 def linear(
@@ -56,6 +158,9 @@ def linear(
     Returns:
         (…, out) in the residual's dtype, else x's dtype, else (under autocast) the autocast dtype.
 
+    Fused, backward keeps x and, with an activation, the pre-activation (out elements a row); it is not twice
+    differentiable there, and a clear error says so.
+
     Raises:
         TypeError, ValueError: rank, shapes, dtypes, devices, unknown activation, rates, registers, missing rng;
         UnsupportedError: named backend.
@@ -83,5 +188,16 @@ def linear(
         check_layer(layer)
         check_rank("x", x, tuple(range(2, 9)), "(B, …, in) when something is dropped")
     check_rng(rng, max(dropout, drop_path), x)
-    form = composed if choose("linear", x, backend) == "composed" else reference.linear
+    limits = {}
+    if residual is not None and residual.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
+        limits["cpu"] = f"adds no {residual.dtype} residual to {x.dtype}"
+    chosen = choose("linear", x, backend, limits)
+    adds = layer_scale is not None or residual is not None or registers
+    if chosen not in ("composed", "reference") and (activation != "none" or adds or dropout or drop_path):
+        path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
+        branch = Branch(activation, registers, chosen, float(dropout), layer)
+        residual = other_than(x, residual)
+        return _fused(x, weight, bias, layer_scale, residual, path_mask, rng if dropout else None, branch)
+    # Left: no kernel here, or nothing around the GEMM.
+    form = reference.linear if chosen == "reference" else composed
     return form.linear(x, weight, bias, activation, layer_scale, residual, registers, dropout, drop_path, rng, layer)

@@ -61,4 +61,4 @@ def dropout(x: Tensor, rate: float, rng: Tensor, layer: int, stream: int = DROPO
 
 def drop_path_mask(rng: Tensor, rate: float, layer: int, samples: int, branch: int = 0) -> Tensor:
     """(samples,) fp32 of 0 and 1 / (1 − rate): whole samples dropped from residual branch number ``branch``."""
-    return keep_mask(rng, layer, DROP_PATH, samples, branch + 1, rate, torch.float32)[:, branch]
+    return keep_mask(rng, layer, DROP_PATH, samples, branch + 1, rate, torch.float32)[:, branch].contiguous()

@@ -28,7 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+from sdpnet.models.files import file_metadata
+
+MODEL_FILES = ("model.safetensors", "ema.safetensors")  # load_model reads each on its own
+TENSOR_FILES = (*MODEL_FILES, "optimizer.safetensors")
 FORMAT = 1
 
 
@@ -121,7 +124,8 @@ def save(
     contents = (model.state_dict(), ema.state_dict(), optimizer_tensors(optimizer))
     hashes = {}
     for name, tensors in zip(TENSOR_FILES, contents, strict=True):
-        data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        metadata = file_metadata(model.config) if name in MODEL_FILES and hasattr(model, "config") else None
+        data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
         hashes[name] = hashlib.sha256(data).hexdigest()
         write_atomically(temporary / name, data)
     state = {"format": FORMAT, "sha256": hashes, "progress": asdict(progress)}
@@ -134,7 +138,7 @@ def save(
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     _sync_folder(folder.parent)
-    for name in TENSOR_FILES[:2]:
+    for name in MODEL_FILES:
         _link_atomically(folder / name, run / name)
     for outdated in list_checkpoints(run)[:-keep]:
         shutil.rmtree(outdated, ignore_errors=True)
@@ -175,7 +179,7 @@ def load(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is broken: {error!r}") from error
     moments = _optimizer_state(tensors[2], optimizer, folder / TENSOR_FILES[2])
-    for module, content, name in zip((model, ema), tensors[:2], TENSOR_FILES[:2], strict=True):
+    for module, content, name in zip((model, ema), tensors[:2], MODEL_FILES, strict=True):
         check_fits(module, content, folder / name)
     model.load_state_dict(tensors[0])
     ema.load_state_dict(tensors[1])

@@ -91,8 +91,11 @@ class Embedding(Part):
 
     def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         (h, w), (p, q) = grid, self.patch_size
-        patches = images.unflatten(3, (w, q)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5).reshape(
-            images.shape[0], h * w, self.in_channels * p * q
+        patches = (
+            images.unflatten(3, (w, q))
+            .unflatten(2, (h, p))
+            .permute(0, 2, 4, 1, 3, 5)
+            .reshape(images.shape[0], h * w, self.in_channels * p * q)
         )
         tokens = self.patch(patches) + self.position(grid)
         if self.activation != "none":

@@ -28,16 +28,20 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; it is replaced only when asked to (overwrite)")
 
 
+def file_metadata(config: SdPNetConfig) -> dict[str, str]:
+    """What a safetensors file says beside the weights, so that :func:`load_model` can build the model."""
+    return {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
+
+
 def save_model(state: Mapping[str, Tensor], config: SdPNetConfig, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes ``state`` with ``config`` in the file's metadata: to a temporary file beside it first, then renamed."""
     path = Path(path)
     check_destination(path, overwrite)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(safetensors.torch.save(tensors, metadata))
+            file.write(safetensors.torch.save(tensors, file_metadata(config)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,7 +66,9 @@ def load_model(path: str | Path, *, fused: bool = False) -> SdPNet:
     """
     state, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
-        raise ValueError(f"{path} holds no {METADATA_KEY!r} in its metadata; it was not written by save_model")
+        raise ValueError(
+            f"{path} holds no {METADATA_KEY!r} in its metadata; it was written neither by save_model nor by the trainer"
+        )
     with torch.device("meta"):
         model = SdPNet(SdPNetConfig.from_dict(json.loads(metadata[METADATA_KEY])), fused=fused)
     try:

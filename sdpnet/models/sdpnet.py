@@ -87,7 +87,5 @@ class SdPNet(nn.Module):
         """Names of parameters that weight decay leaves alone: biases, norms, embeddings, registers, γ."""
         embeddings = ("embedding.position.", "embedding.registers")
         return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() < 2 or name.startswith(embeddings)
+            name for name, parameter in self.named_parameters() if parameter.dim() < 2 or name.startswith(embeddings)
         }

@@ -157,8 +157,8 @@ def test_bench_model_is_the_one_of_the_figures():
     backward = {torch.ops.aten.convolution_backward: depthwise_backward}
     with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         model(batch).sum().backward()
-    on_registers = 3 * 2 * 5 * sum(
-        p.numel() for name, p in model.named_parameters() if ".convs." in name and p.dim() == 2
+    on_registers = (
+        3 * 2 * 5 * sum(p.numel() for name, p in model.named_parameters() if ".convs." in name and p.dim() == 2)
     )
     assert (counter.get_total_flops() - on_registers) / 1e9 == pytest.approx(181, abs=0.5)
 

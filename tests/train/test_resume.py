@@ -16,6 +16,7 @@ import torch
 from sdpnet import checkpoint, train
 from sdpnet.checkpoint import CheckpointError
 from sdpnet.meter import COLUMNS
+from sdpnet.models import load_model
 from sdpnet.settings import Resolved
 
 STEPS = 8  # of the tiny recipe: two epochs of four
@@ -235,3 +236,12 @@ def test_resuming_a_finished_run_only_says_so(tmp_path, tiny_words, capsys):
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == first
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_weights_of_a_run_load_on_their_own(unbroken):
+    """model.safetensors and ema.safetensors say which model they are."""
+    state, _, folder = unbroken
+    for name in checkpoint.MODEL_FILES:
+        model = load_model(folder / name)
+        part = name.removesuffix(".safetensors")
+        assert all(torch.equal(v, state[f"{part}.{k}"]) for k, v in model.state_dict().items())

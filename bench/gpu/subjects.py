@@ -21,6 +21,8 @@ from .part import Setting
 
 EPS = 1e-6
 GPU_BACKENDS = ("cuda", "triton")
+GRADIENT = 5.0
+"""About the largest value of a normal gradient."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -165,8 +167,8 @@ def _norm_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
     rstd = (total.var(1 if x.dim() == 4 else 2, correction=0) + EPS).rsqrt().max().item()
     unit = torch.finfo(accumulator(x.dtype)).eps
     magnified, w = 8 * unit * total.abs().max().item() * rstd, weight.abs().max().item()
-    g = 5.0  # a gradient's largest value
-    gradients = [w * g * rstd * max(magnified, 8 * unit), g * problem.rows**0.5 * magnified, 0.0]
+    over_rows = GRADIENT * problem.rows**0.5  # what a sum over rows may lose, though its terms cancel
+    gradients = [w * GRADIENT * rstd * max(magnified, 8 * unit), over_rows * magnified, over_rows * unit]
     outputs = [w * magnified] * (2 if problem.residual else 1)
     return [*outputs, *gradients, *(gradients[:1] if problem.residual else [])]
 
@@ -180,6 +182,12 @@ def _grid(problem: Problem) -> tuple[int, int] | None:
     image = problem.shape[1] - problem.registers
     height = max(h for h in range(1, int(image**0.5) + 1) if image % h == 0)
     return height, image // height
+
+
+def _conv_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
+    x = inputs[0]
+    over_rows = GRADIENT * problem.rows**0.5 * torch.finfo(accumulator(x.dtype)).eps
+    return [0.0, 0.0, over_rows * (x.abs().max().item() if x.numel() else 0.0), over_rows]
 
 
 def _conv_inputs(problem: Problem, device: str) -> list[Tensor]:
@@ -196,7 +204,7 @@ CONVOLUTION = Subject(
     plain=lambda problem, *inputs: (
         reference.depthwise_conv2d.depthwise_conv2d(*inputs, grid=_grid(problem), registers=problem.registers),
     ),
-    slack=lambda problem, inputs: [0.0] * 4,
+    slack=_conv_slack,
     parameters=2,
 )
 SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION}

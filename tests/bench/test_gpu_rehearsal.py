@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu.part import all_parts
+from bench import report
+from bench.gpu.part import Setting, all_parts
+from bench.gpu.parts import speed
 from bench.gpu.store import WARNING, code_fingerprint, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +56,17 @@ def test_the_rehearsal_reaches_both_kinds_of_kernels(rehearsed):
         for row in record["result"]["rows"]
     }
     assert contenders >= {"ours (cpu)", "ours (triton)", "where", "where, compiled", "F.layer_norm"}
+
+
+def test_the_speed_parts_report_is_one_that_bench_report_reads(rehearsed, tmp_path):
+    folder, _ = rehearsed
+    files = speed.files(load(folder / "speed.json", rehearsal=True), Setting(rehearsal=True))
+    path = tmp_path / speed.REPORT
+    path.write_text(files[speed.REPORT])
+    read = report.load(path)
+    assert "ours (cpu)" in report.markdown(read)
+    changes, _ = report.compare(read, read)
+    assert changes and all(change.verdict == "same" for change in changes)
 
 
 def test_no_file_of_a_rehearsal_holds_a_folder_of_this_machine(rehearsed):

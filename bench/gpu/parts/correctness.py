@@ -34,7 +34,7 @@ def cases(setting: Setting) -> list[Item]:
             for problem in grid.repeatable(operator, setting.rehearsal):
                 found += [_item(kind, problem, backend, setting) for kind in ("equal bits", "compile", "graph")]
             dtypes = ("float16",) if setting.rehearsal else ("float32", "bfloat16", "float16")
-            if operator == "kelu":
+            if operator == "kelu" and backend != "reference":  # which has the textbook's formula, and its cancellation
                 found += [_item("rounding", Problem("kelu", (1,), dtype), backend, setting) for dtype in dtypes]
             found += [_item("large", problem, backend, setting) for problem in large.problems(operator, setting)]
             found += [_item("far", problem, backend, setting) for problem in large.far(operator, setting)]

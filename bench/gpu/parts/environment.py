@@ -110,7 +110,7 @@ def describe(setting: Setting) -> dict:
     if not setting.rehearsal:
         properties = torch.cuda.get_device_properties(0)
         found["multiprocessors"] = properties.multi_processor_count
-        found["shared_memory_per_multiprocessor"] = properties.shared_memory_per_multiprocessor
+        found["shared_memory_per_multiprocessor"] = getattr(properties, "shared_memory_per_multiprocessor", None)
     return found
 
 

@@ -29,8 +29,11 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 
 def file_metadata(config: SdPNetConfig) -> dict[str, str]:
-    """What a safetensors file says beside the weights, so that :func:`load_model` can build the model."""
-    return {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
+    """What a safetensors file says beside the weights, so that :func:`load_model` can build the model.
+
+    One key: safetensors writes several in random order, and equal models should be equal files.
+    """
+    return {METADATA_KEY: json.dumps(config.to_dict())}
 
 
 def save_model(state: Mapping[str, Tensor], config: SdPNetConfig, path: str | Path, *, overwrite: bool = False) -> None:

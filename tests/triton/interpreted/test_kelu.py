@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import _plain as plain
 import cases
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from _layouts import hostile, layouts, normal
 from _numerics import assert_as_exact, differentiate
+from triton.runtime.interpreter import InterpreterBuilder
 
 import sdp_kernels as sk
 from sdp_kernels.triton import _launch, kelu
 
 OPS = cases.OPS
+TABLE = _launch.table_for(90)
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -108,6 +112,23 @@ def test_offsets_beyond_32_bits():
     y, dx = exact(*values)
     assert torch.equal(OPS.kelu_fwd(x), y.half())
     torch.testing.assert_close(OPS.kelu_bwd(grad, x), dx.half(), rtol=2e-3, atol=1e-6)
+
+
+def test_more_than_31_bits_of_elements(monkeypatch):
+    """The last program of a dense tensor of 2³¹ + 5 elements, of which the others would take hours here."""
+    elements, block = 2**31 + 5, TABLE["kelu/forward/dense/16bit"]["block"]
+    x, y = torch.empty(elements, dtype=torch.float16), torch.empty(elements, dtype=torch.float16)
+    x[-5:] = torch.linspace(-2, 2, 5)
+    program_id = InterpreterBuilder.create_get_program_id
+
+    def last(self, axis):
+        handle = program_id(self, axis)
+        handle.data = handle.data + np.int32(elements // block)
+        return handle
+
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", last)
+    kelu.dense[(1,)](None, x, y, elements, BLOCK=block, ACC=tl.float32)
+    assert torch.equal(y[-5:], plain.kelu(x[-5:].double()).half())
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (3, 0)], ids=str)

@@ -180,6 +180,16 @@ def test_register_rows(dtype, layout, passes, guarded, monkeypatch):
     assert not no_sum[4][:, :r].any() and all(torch.isfinite(no_sum[i]).all() for i in (0, 1, 2, 4, 5, 6))
 
 
+@pytest.mark.parametrize(("tokens", "registers"), [(1, 1), (4, 4), (1, 0)])
+def test_nothing_but_register_rows(tokens, registers):
+    x, grad, grad_sum = (normal(3, tokens, 8, seed=i) for i in range(3))
+    weight, bias = cases.parameters(8, torch.float64)
+    got = cases.norm(x, weight, bias, None, grad, grad_sum, registers)
+    cases.assert_norm(got, x, weight, bias, None, grad, grad_sum, registers)
+    if registers:
+        assert torch.equal(got[4], grad_sum) and not any(got[i].any() for i in (0, 1, 2, 5, 6))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 5, 0, 4), (0, 7, 5), (2, 0, 5)], ids=str)
 def test_nothing(shape):
     x = torch.empty(shape)
@@ -240,7 +250,8 @@ def test_offsets_beyond_32_bits():
     """Batch, channel and pixel strides of 2³⁰ and more; memory that nobody touches costs nothing."""
     big = torch.empty(2**32 + 4096, dtype=torch.float16)
     weight, bias = cases.parameters(4)
-    for strides in ((2**31, 8, 4, 1), (1024, 2**30, 4, 1), (64, 1, 16, 2**30)):
+    near_and_far = ((2**31, 6, 3, 1), (1024, 2**30, 3, 1), (64, 1, 3 * 2**29, 2**29), (64, 1, 16, 2**30))
+    for strides in near_and_far:
         x = big.as_strided((2, 4, 2, 3), strides)
         values = normal(2, 4, 2, 3, seed=1, dtype=torch.float16)
         x.copy_(values)

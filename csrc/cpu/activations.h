@@ -18,13 +18,13 @@ namespace {
 using Doubles = VectorOf<double>::type;
 
 template <class V, class F>
-inline V by_lane(V x, const F& f) {
+SDP_HOST_DEVICE V by_lane(V x, const F& f) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = f(x[i]);
   return x;
 }
 
 // eˣ: x = n·ln2 + r, |r| ≤ ln2/2, times 2ⁿ by the exponent's bits. Below −87 it is 0, above 88 it stays finite.
-inline Floats exponential(Floats x) {
+SDP_HOST_DEVICE Floats exponential(Floats x) {
   const Floats high = Floats{} + 88.0f, low = Floats{} - 87.0f;
   const Floats bounded = x > high ? high : x < low ? low : x;
   const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum's last bits are the rounded n
@@ -35,10 +35,10 @@ inline Floats exponential(Floats x) {
   const Floats value = horner(c, r) * bit_cast<Floats>(power);
   return x < low ? Floats{} : value;
 }
-inline Doubles exponential(Doubles x) { return by_lane(x, [](double v) { return __builtin_exp(v); }); }
+SDP_HOST_DEVICE Doubles exponential(Doubles x) { return by_lane(x, [](double v) { return __builtin_exp(v); }); }
 
 // erf: x·P(x²) below 1, 1 − exp(Q(|x|)) above.
-inline Floats error_function(Floats x) {
+SDP_HOST_DEVICE Floats error_function(Floats x) {
   const Floats magnitude = x < Floats{} ? -x : x, limit = Floats{} + 4.1f;
   const Floats t = magnitude > limit ? limit : magnitude;
   const float small[] = {1.128379166e+00f, -3.761262667e-01f, 1.128359472e-01f, -2.685421201e-02f, 5.189087423e-03f,
@@ -48,15 +48,15 @@ inline Floats error_function(Floats x) {
   const Floats inner = x * horner(small, t * t), outer = 1.0f - exponential(horner(large, t));
   return magnitude <= 1.0f ? inner : x < Floats{} ? -outer : outer;
 }
-inline Doubles error_function(Doubles x) { return by_lane(x, [](double v) { return __builtin_erf(v); }); }
+SDP_HOST_DEVICE Doubles error_function(Doubles x) { return by_lane(x, [](double v) { return __builtin_erf(v); }); }
 
-inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x * 2.0f) + 1.0f); }
-inline Doubles hyperbolic_tangent(Doubles x) { return by_lane(x, [](double v) { return __builtin_tanh(v); }); }
+SDP_HOST_DEVICE Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(x * 2.0f) + 1.0f); }
+SDP_HOST_DEVICE Doubles hyperbolic_tangent(Doubles x) { return by_lane(x, [](double v) { return __builtin_tanh(v); }); }
 
 template <class V>
-inline V exact_tangent(V x) { return by_lane(x, [](auto v) { return sizeof(v) == 4 ? __builtin_tanhf(v) : __builtin_tanh(v); }); }
+SDP_HOST_DEVICE V exact_tangent(V x) { return by_lane(x, [](auto v) { return sizeof(v) == 4 ? __builtin_tanhf(v) : __builtin_tanh(v); }); }
 template <class V>
-inline V exponential_minus_one(V x) { return by_lane(x, [](auto v) { return sizeof(v) == 4 ? __builtin_expm1f(v) : __builtin_expm1(v); }); }
+SDP_HOST_DEVICE V exponential_minus_one(V x) { return by_lane(x, [](auto v) { return sizeof(v) == 4 ? __builtin_expm1f(v) : __builtin_expm1(v); }); }
 
 constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588, kFastGelu3 = 0.044715;  // fast_gelu's tanh(√(2/π)(x + c·x³))
@@ -64,7 +64,7 @@ constexpr double kSeluScale = 1.0507009873554804934193, kSeluAlpha = 1.673263242
 constexpr double kLeakySlope = 0.01;
 
 template <class V>
-inline V activate(V x, Activation activation) {
+SDP_HOST_DEVICE V activate(V x, Activation activation) {
   using A = std::remove_cv_t<std::remove_reference_t<decltype(x[0])>>;
   switch (activation) {
     case kNone: return x;
@@ -82,7 +82,7 @@ inline V activate(V x, Activation activation) {
 }
 
 template <class V>
-inline V activation_slope(V x, Activation activation) {
+SDP_HOST_DEVICE V activation_slope(V x, Activation activation) {
   using A = std::remove_cv_t<std::remove_reference_t<decltype(x[0])>>;
   const V one = V{} + A(1);
   switch (activation) {

@@ -40,11 +40,11 @@ SDP_DECLARE_TABLE(EpilogueTable, epilogue_table)
 namespace SDP_LEVEL_NAMESPACE {
 
 template <class T>
-inline Vector<T> read(const T* p, int64_t stride, int64_t i, int count) {
+SDP_HOST_DEVICE Vector<T> read(const T* p, int64_t stride, int64_t i, int count) {
   return stride == 1 && count == kLanes<T> ? load(p + i) : load_part(p + i * stride, count, stride);
 }
 template <class T>
-inline void write(T* p, int64_t i, Vector<T> v, int count) {
+SDP_HOST_DEVICE void write(T* p, int64_t i, Vector<T> v, int count) {
   count == kLanes<T> ? store(p + i, v) : store_part(p + i, v, count);
 }
 
@@ -86,6 +86,8 @@ inline void with_activation(Activation activation, const Body& body) {
   switch (activation) {
     case kKelu: return body(std::integral_constant<Activation, kKelu>());
     case kGelu: return body(std::integral_constant<Activation, kGelu>());
+    case kFastGelu: return body(std::integral_constant<Activation, kFastGelu>());
+    case kRelu: return body(std::integral_constant<Activation, kRelu>());
     case kNone: return body(std::integral_constant<Activation, kNone>());
     default: return body(activation);
   }

@@ -56,30 +56,30 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline Floats widen(HalfBits half, BFloat16) { return bit_cast<Floats>(__builtin_convertvector(half, Bits) << 16); }
+SDP_HOST_DEVICE Floats widen(HalfBits half, BFloat16) { return bit_cast<Floats>(__builtin_convertvector(half, Bits) << 16); }
 
-inline HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN stays NaN
+SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN stays NaN
   const Bits bits = bit_cast<Bits>(x);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, HalfBits);
 }
 
 #if SDP_LEVEL == 2
-inline Floats widen(HalfBits half, Float16) { return (Floats)_mm512_cvtph_ps((__m256i)half); }
-inline HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) { return (Floats)_mm512_cvtph_ps((__m256i)half); }
+SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #elif SDP_LEVEL == 1
-inline Floats widen(HalfBits half, Float16) { return (Floats)_mm256_cvtph_ps((__m128i)half); }
-inline HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) { return (Floats)_mm256_cvtph_ps((__m128i)half); }
+SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
 // Integer forms after F. Giesen's half/float conversions (public domain), two selects wider for infinity and NaN.
-inline Floats widen(HalfBits half, Float16) {
+SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) {
   const Bits bits = __builtin_convertvector(half, Bits);
   const Bits magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
   const Bits scaled = bit_cast<Bits>(bit_cast<Floats>(magnitude) * bit_cast<float>(uint32_t((254 - 15) << 23)));
   const Bits special = magnitude | 0x7f800000u;
   return bit_cast<Floats>(((bits & 0x7c00u) == 0x7c00u ? special : scaled) | sign);
 }
-inline HalfBits round_to(Floats x, Float16) {
+SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) {
   const Bits bits = bit_cast<Bits>(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
   const float smallest = bit_cast<float>(uint32_t(126 << 23));  // 0.5: its last bit is fp16's smallest subnormal
   const Bits subnormal = bit_cast<Bits>(bit_cast<Floats>(magnitude) + smallest) - bit_cast<uint32_t>(smallest);
@@ -98,15 +98,15 @@ inline V load_bytes(const T* from) {
   return v;
 }
 
-inline VectorOf<double>::type load(const double* p) { return load_bytes<VectorOf<double>::type>(p); }
-inline Floats load(const float* p) { return load_bytes<Floats>(p); }
+SDP_HOST_DEVICE VectorOf<double>::type load(const double* p) { return load_bytes<VectorOf<double>::type>(p); }
+SDP_HOST_DEVICE Floats load(const float* p) { return load_bytes<Floats>(p); }
 template <class T>
-inline Floats load(const T* p) { return widen(load_bytes<HalfBits>(p), T()); }
+SDP_HOST_DEVICE Floats load(const T* p) { return widen(load_bytes<HalfBits>(p), T()); }
 
-inline void store(double* p, VectorOf<double>::type v) { memcpy(p, &v, sizeof(v)); }
-inline void store(float* p, Floats v) { memcpy(p, &v, sizeof(v)); }
+SDP_HOST_DEVICE void store(double* p, VectorOf<double>::type v) { memcpy(p, &v, sizeof(v)); }
+SDP_HOST_DEVICE void store(float* p, Floats v) { memcpy(p, &v, sizeof(v)); }
 template <class T>
-inline void store(T* p, Floats v) {
+SDP_HOST_DEVICE void store(T* p, Floats v) {
   const HalfBits half = round_to(v, T());
   memcpy(p, &half, sizeof(half));
 }
@@ -115,20 +115,20 @@ inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // As it would be read back after a store to T.
 template <class T>
-inline Vector<T> rounded(Vector<T> v) {
+SDP_HOST_DEVICE Vector<T> rounded(Vector<T> v) {
   if constexpr (sizeof(T) == 2) return widen(round_to(v, T()), T());
   else return v;
 }
 
 // The first `count` lanes, `stride` elements apart; the other lanes are 0. Stride 0 repeats one element.
 template <class T>
-inline Vector<T> load_part(const T* p, int count, int64_t stride = 1) {
+SDP_HOST_DEVICE Vector<T> load_part(const T* p, int count, int64_t stride = 1) {
   T lanes[kLanes<T>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i * stride];
   return load(lanes);
 }
 template <class T>
-inline void store_part(T* p, Vector<T> v, int count, int64_t stride = 1) {
+SDP_HOST_DEVICE void store_part(T* p, Vector<T> v, int count, int64_t stride = 1) {
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];

@@ -9,9 +9,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype autocast casts x to here; None without autocast, for fp64, and on devices that have no autocast."""
+    """The dtype autocast casts x to here; None without autocast, for fp64, and for meta tensors, which have none.
+
+    Not torch.amp.is_autocast_available: Dynamo of torch 2.11 cannot trace it.
+    """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device == "meta":
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -9,6 +9,7 @@ Property tests run hypothesis derandomised, without a deadline and without its d
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 
 import hypothesis
 import pytest
@@ -30,6 +31,7 @@ def proofs_required() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "proof(name): one of the ways a GPU kernel is proven without a GPU")
     config.addinivalue_line("markers", "levels: belongs to the compact set that every SIMD level of the CPU runs")
 
 
@@ -44,6 +46,8 @@ def pytest_runtest_makereport(item: pytest.Item):
     report = yield
     if report.skipped and proofs_required() and item.get_closest_marker("gpu") is None:
         _failed_instead(report)
+    if proof := item.get_closest_marker("proof"):
+        report.user_properties.append(("proof", proof.args[0]))
     return report
 
 
@@ -53,3 +57,16 @@ def pytest_make_collect_report(collector: pytest.Collector):
     if report.skipped and proofs_required():
         _failed_instead(report)
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests of each proof ran, with what outcome, and their seconds."""
+    counts, seconds = defaultdict(Counter), Counter()
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name in {value for key, value in report.user_properties if key == "proof"}:
+                counts[name][outcome] += 1
+                seconds[name] += report.duration
+    for name, outcomes in sorted(counts.items()):
+        told = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+        terminalreporter.write_line(f"proof {name}: {told} in {seconds[name]:.0f} s")

@@ -3,7 +3,3 @@
 import os
 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "proof(name): one of the ways a GPU kernel is proven without a GPU")

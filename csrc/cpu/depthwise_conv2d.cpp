@@ -273,12 +273,15 @@ DepthwiseView view_of(const Tensor& t, int64_t registers, int64_t width) {
 Scratch grouped(const Tensor& parameter, int64_t channels, int64_t taps, int64_t lanes, int dtype) {
   const int64_t groups = (channels + lanes - 1) / lanes, kernel = taps == 1 ? 1 : parameter.size(3);
   Scratch out(groups * taps * lanes * accumulator_bytes(dtype), true);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      int64_t offset = c * parameter.stride(0);
-      if (taps > 1) offset += tap / kernel * parameter.stride(2) + tap % kernel * parameter.stride(3);
-      out.write(((c / lanes) * taps + tap) * lanes + c % lanes, read_offset(parameter, offset), dtype);
-    }
+  const int64_t channel = parameter.stride(0), row = taps == 1 ? 0 : parameter.stride(2);
+  const int64_t column = taps == 1 ? 0 : parameter.stride(3);
+  with_data(parameter, [&](const auto* p) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t offset = c * channel + tap / kernel * row + tap % kernel * column;
+        out.write(((c / lanes) * taps + tap) * lanes + c % lanes, static_cast<double>(p[offset]), dtype);
+      }
+  });
   return out;
 }
 
@@ -383,11 +386,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
   Tensor db = torch::stable::new_empty(weight, {c.channels});
   const std::vector<double> dw_sums = block_sums(dweight, blocks, plan.groups * taps * plan.lanes, plan.dtype);
   const std::vector<double> db_sums = block_sums(dbias, blocks, plan.groups * plan.lanes, plan.dtype);
-  for (int64_t ch = 0; ch < c.channels; ++ch) {
+  std::vector<double> in_order(c.channels * taps);
+  for (int64_t ch = 0; ch < c.channels; ++ch)
     for (int64_t tap = 0; tap < taps; ++tap)
-      write_element(dw, ch * taps + tap, dw_sums[((ch / plan.lanes) * taps + tap) * plan.lanes + ch % plan.lanes]);
-    write_element(db, ch, db_sums[ch]);
-  }
+      in_order[ch * taps + tap] = dw_sums[((ch / plan.lanes) * taps + tap) * plan.lanes + ch % plan.lanes];
+  write_rounded(dw, in_order);
+  write_rounded(db, {db_sums.begin(), db_sums.begin() + c.channels});
   return {dx, dw, db};
 }
 

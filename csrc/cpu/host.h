@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace sdp {
@@ -108,24 +109,25 @@ struct Rows {
   }
 };
 
-// Element at an offset, widened; for parameters, where speed doesn't matter.
-inline double read_offset(const Tensor& t, int64_t offset) {
-  const void* data = t.const_data_ptr();
+// Calls body with the tensor's data as a pointer to its own type.
+template <class Body>
+auto with_data(const Tensor& t, const Body& body) {
+  void* data = const_cast<void*>(t.const_data_ptr());
   switch (dtype_index(t)) {
-    case 0: return static_cast<const double*>(data)[offset];
-    case 1: return static_cast<const float*>(data)[offset];
-    case 2: return static_cast<const torch::headeronly::BFloat16*>(data)[offset];
-    default: return static_cast<const torch::headeronly::Half*>(data)[offset];
+    case 0: return body(static_cast<double*>(data));
+    case 1: return body(static_cast<float*>(data));
+    case 2: return body(static_cast<torch::headeronly::BFloat16*>(data));
+    default: return body(static_cast<torch::headeronly::Half*>(data));
   }
 }
-inline void write_element(const Tensor& t, int64_t i, double value) {
-  void* data = t.mutable_data_ptr();
-  switch (dtype_index(t)) {
-    case 0: static_cast<double*>(data)[i] = value; return;
-    case 1: static_cast<float*>(data)[i] = static_cast<float>(value); return;
-    case 2: static_cast<torch::headeronly::BFloat16*>(data)[i] = static_cast<float>(value); return;
-    default: static_cast<torch::headeronly::Half*>(data)[i] = static_cast<float>(value);
-  }
+
+// Rounds each value once, to the type of `to` (contiguous, as many elements as values).
+inline void write_rounded(const Tensor& to, const std::vector<double>& values) {
+  with_data(to, [&](auto* p) {
+    using T = std::remove_reference_t<decltype(*p)>;
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<T>(static_cast<Wide>(values[i]));
+  });
 }
 
 inline int64_t accumulator_bytes(int dtype) { return dtype == 0 ? 8 : 4; }
@@ -160,8 +162,9 @@ class Scratch {
 // (C,) parameter as accumulator type.
 inline Scratch widened(const Tensor& parameter, int dtype) {
   Scratch wide(parameter.numel() * accumulator_bytes(dtype));
-  for (int64_t i = 0; i < parameter.numel(); ++i)
-    wide.write(i, read_offset(parameter, i * parameter.stride(0)), dtype);
+  with_data(parameter, [&, count = parameter.numel(), stride = parameter.stride(0)](const auto* p) {
+    for (int64_t i = 0; i < count; ++i) wide.write(i, static_cast<double>(p[i * stride]), dtype);
+  });
   return wide;
 }
 

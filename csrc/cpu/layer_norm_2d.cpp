@@ -104,8 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
 // The blocks' partial sums added in order and rounded once, to the parameter's dtype.
 Tensor total(const Scratch& partial, int64_t blocks, int dtype, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {like.numel()});
-  const std::vector<double> sums = block_sums(partial, blocks, like.numel(), dtype);
-  for (size_t i = 0; i < sums.size(); ++i) write_element(out, i, sums[i]);
+  write_rounded(out, block_sums(partial, blocks, like.numel(), dtype));
   return out;
 }
 

@@ -86,13 +86,12 @@ inline void forward_group(const LayerNormCase& c, int64_t sample, int64_t pixel)
     }
   });
   for (int r = 0; r < R; ++r) rstd[r] = A(1) / __builtin_sqrt(horizontal_sum(squares[r]) / A(c.channels) + A(c.eps));
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
-    const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
-    for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r)  // row after row: interleaved, stores would hit loads of other rows at the same page offset
+    along_channels<T>(c.channels, [&](int64_t i, int count) {
+      const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
       const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
       put<Unit>(y.row[r], y.channel, i, unit * w + b, count);
-    }
-  });
+    });
   for (int r = 0; r < R; ++r) {
     static_cast<A*>(c.mean)[sample * c.pixels + pixel + r] = mean[r];
     static_cast<A*>(c.rstd)[sample * c.pixels + pixel + r] = rstd[r];
@@ -161,17 +160,16 @@ inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel
     scaled_mean[r] = horizontal_sum(scaled_total[r]) / A(c.channels);
     product_mean[r] = horizontal_sum(product_total[r]) / A(c.channels);
   }
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
-    const V w = get<true>(weight, 1, i, count);
-    for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r)
+    along_channels<T>(c.channels, [&](int64_t i, int count) {
+      const V w = get<true>(weight, 1, i, count);
       x.prefetch_next(r, i);
       grad.prefetch_next(r, i);
       const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
       V out = (get<Unit>(grad.row[r], grad.channel, i, count) * w - scaled_mean[r] - unit * product_mean[r]) * rstd[r];
       if constexpr (Adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
       put<Unit>(dx.row[r], dx.channel, i, out, count);
-    }
-  });
+    });
 }
 
 template <class T>

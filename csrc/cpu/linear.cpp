@@ -245,9 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_epilogue_bwd(const Tensor& grad, const
   });
   const auto sums = [&](const Scratch& partial_sums, bool wanted) {
     Tensor out = torch::stable::new_empty(z, {wanted ? c.columns : 0}, accumulator_dtype(z));
-    if (!wanted) return out;
-    const std::vector<double> values = block_sums(partial_sums, blocks, c.columns, dtype);
-    for (int64_t i = 0; i < c.columns; ++i) write_element(out, i, values[i]);
+    if (wanted) write_rounded(out, block_sums(partial_sums, blocks, c.columns, dtype));
     return out;
   };
   return {dz, sums(dscale, layer_scale.has_value()), sums(dbias, true)};

@@ -80,16 +80,29 @@ inline __attribute__((always_inline)) void along_columns(const EpilogueCase& c, 
   }
 }
 
-// The activation as a constant, so that its code is inlined into the loop over a row.
+// The common activations as constants, so that their code is inlined into the loop over a row; the others by one call a
+// vector, because nine inlined forms in every loop would take longer to compile than all other kernels together.
+struct RunTimeActivation {
+  Activation value;
+};
+template <class V, Activation value>
+SDP_HOST_DEVICE V apply(V x, std::integral_constant<Activation, value>) { return activate(x, value); }
+template <class V, Activation value>
+SDP_HOST_DEVICE V apply_slope(V x, std::integral_constant<Activation, value>) { return activation_slope(x, value); }
+template <class V>
+__attribute__((noinline)) V apply(V x, RunTimeActivation activation) { return activate(x, activation.value); }
+template <class V>
+__attribute__((noinline)) V apply_slope(V x, RunTimeActivation activation) {
+  return activation_slope(x, activation.value);
+}
+
 template <class Body>
 inline void with_activation(Activation activation, const Body& body) {
   switch (activation) {
     case kKelu: return body(std::integral_constant<Activation, kKelu>());
     case kGelu: return body(std::integral_constant<Activation, kGelu>());
-    case kFastGelu: return body(std::integral_constant<Activation, kFastGelu>());
-    case kRelu: return body(std::integral_constant<Activation, kRelu>());
     case kNone: return body(std::integral_constant<Activation, kNone>());
-    default: return body(activation);
+    default: return body(RunTimeActivation{activation});
   }
 }
 
@@ -108,7 +121,7 @@ void forward(const EpilogueCase& c, int64_t begin, int64_t end) {
       along_columns<T>(c, sample, token, [&](int64_t i, int count, V kept) {
         V value{};
         if (keep != A(0)) {  // what a sample or a register drops may be NaN
-          value = activate(read(z, c.z.column, i, count), activation) * (kept * keep);
+          value = apply(read(z, c.z.column, i, count), activation) * (kept * keep);
           if (scale != nullptr) value *= read(scale, 1, i, count);
         }
         if (residual != nullptr) value += read(residual, c.residual.column, i, count);
@@ -138,9 +151,9 @@ void backward(const EpilogueCase& c, int64_t begin, int64_t end, int64_t block) 
           value = read(grad, c.grad.column, i, count) * (kept * keep);
           const V before = z == nullptr ? V{} : read(z, c.z.column, i, count);
           if (dscale != nullptr)
-            write(dscale, i, read(dscale, 1, i, count) + value * activate(before, activation), count);
+            write(dscale, i, read(dscale, 1, i, count) + value * apply(before, activation), count);
           if (scale != nullptr) value *= read(scale, 1, i, count);
-          if (z != nullptr) value *= activation_slope(before, activation);
+          if (z != nullptr) value *= apply_slope(before, activation);
           write(dbias, i, read(dbias, 1, i, count) + value, count);
         }
         write(dz, i, value, count);

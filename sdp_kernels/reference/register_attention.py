@@ -27,6 +27,33 @@ def attention_mask(attend: str, tokens: int, registers: int, device: torch.devic
     }[attend]
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    registers: int,
+    attend: str,
+    dropout: float,
+    rng: Tensor | None,
+    layer: int,
+) -> Tensor:
+    """q, k, v (B, T, h, d) → (B, T, h·d): softmax(q · kᵀ · scale) · v over what each query may read."""
+    mask = attention_mask(attend, q.shape[1], registers, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if dropout == 0:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        # Scores and weights stay in fp32; a meta tensor has no autocast to switch off, but needs a device's name here.
+        device = "cpu" if q.device.type == "meta" else q.device.type
+        with torch.autocast(device, enabled=False):
+            scores = widen(q) @ widen(k).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+            weights = philox_dropout(scores.softmax(-1), dropout, rng, layer, ATTENTION)
+            y = (weights @ widen(v)).to(v.dtype)
+    return y.transpose(1, 2).flatten(2)
+
+
 def register_attention(
     qkv: Tensor,
     q_norm: tuple[Tensor, Tensor] | None = None,
@@ -41,20 +68,9 @@ def register_attention(
 ) -> Tensor:
     """qkv (B, T, 3, h, d) → (B, T, h·d): softmax(LN_q(q) · LN_k(k)ᵀ · scale) · v, scale 1/√d unless given."""
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = qkv.unbind(2)
     if q_norm is not None:
         q = F.layer_norm(widen(q), q.shape[-1:], *(p.to(widen(q).dtype) for p in q_norm), eps).to(q.dtype)
     if k_norm is not None:
         k = F.layer_norm(widen(k), k.shape[-1:], *(p.to(widen(k).dtype) for p in k_norm), eps).to(k.dtype)
-    mask = attention_mask(attend, qkv.shape[1], registers, qkv.device)
-    if dropout == 0:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        # Scores and weights stay in fp32; a meta tensor has no autocast to switch off, but needs a device's name here.
-        device = "cpu" if qkv.device.type == "meta" else qkv.device.type
-        with torch.autocast(device, enabled=False):
-            scores = widen(q) @ widen(k).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-            scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-            weights = philox_dropout(scores.softmax(-1), dropout, rng, layer, ATTENTION)
-            y = (weights @ widen(v)).to(v.dtype)
-    return y.transpose(1, 2).flatten(2)
+    return attention(q, k, v, scale, registers, attend, dropout, rng, layer)

@@ -117,9 +117,19 @@ inline void prepare(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
+struct Copy {  // started by cp.async, not there yet; from nowhere: zeros
+  void* to;
+  const void* from;
+  int bytes, group;
+};
 struct Fiber {
   Context context;
   bool done = false, waiting = false;
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies, ended so far
+};
+struct alignas(16) Exchange {  // what a lane shows in a warp-wide matrix instruction
+  unsigned char bytes[48];
 };
 struct Barrier {  // of a block or of a warp
   int arrived = 0, line = 0;
@@ -130,6 +140,8 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<uint64_t> values;  // what each thread shows in a shuffle: two slots, taken in turn
   std::vector<unsigned> turn;
+  std::vector<Exchange> exchanges;  // the same for matrices (simt_mma.h)
+  std::vector<unsigned> exchange_turn;
   Barrier all;
   Context scheduler;
   std::function<void()> body;
@@ -187,6 +199,7 @@ T shuffle(int line, unsigned mask, T value, unsigned source) {
 
 inline void entry() {
   block->body();
+  if (!block->fibers[block->current].copies.empty()) fail("a thread leaves with copies on their way");
   block->fibers[block->current].done = true;
   if (block->all.arrived > 0 || block->warps[block->current / kLanes].arrived > 0)
     fail("barrier divergence: a thread leaves while others wait");
@@ -209,6 +222,7 @@ inline void run_block(unsigned threads, size_t shared, const std::function<void(
   b.warps.assign((threads + kLanes - 1) / kLanes, {});
   b.values.assign(2 * threads, 0);
   b.turn.assign(threads, 0);
+  b.exchange_turn.assign(threads, 0);
   b.all = {};
   if (b.stacks.size() < threads * kStack) b.stacks.resize(threads * kStack);
   SIMT_UNPOISON(b.stacks.data(), b.stacks.size());

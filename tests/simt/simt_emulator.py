@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -26,11 +27,18 @@ ASCENDING, DESCENDING, WARPS_ASCENDING, WARPS_DESCENDING, RANDOM = 0, 1, 2, 3, 4
 ORDERS = (ASCENDING, DESCENDING, WARPS_ASCENDING, WARPS_DESCENDING, RANDOM, RANDOM + 1)
 H200, A100 = (232448, 233472, 132), (166912, 167936, 132)
 """DeviceLimits: shared memory of a block and of a multiprocessor, bytes; multiprocessors, always an H200's."""
-FAMILIES = ("teams", "blocks", "columns")
+
+
+@functools.cache
+def _sources(command: tuple[str, ...], source: str) -> list[Path]:
+    """The source and all of this repository's files that it includes."""
+    done = subprocess.run([*command, "-MM", str(HERE / source)], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+    return sorted(Path(name) for name in done.stdout.replace("\\\n", " ").split()[1:])
 
 
 def compile_source(source: str, *flags: str, shared: bool = True, define: str = "") -> Path:
-    """The library (or program) made of a source in this folder; kept between runs, by the contents of all sources."""
+    """The library (or program) made of a source in this folder; kept between runs, by the contents of its sources."""
     compiler = os.environ.get("CXX", "g++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"the emulator needs a C++ compiler, there is no {compiler[0]}")
@@ -39,7 +47,7 @@ def compile_source(source: str, *flags: str, shared: bool = True, define: str = 
     if shared:
         command += ["-shared", "-Wl,-Bsymbolic"]
     digest = hashlib.sha256(repr([command, source, os.uname()]).encode())
-    for path in sorted([*HERE.rglob("*.h"), *HERE.rglob("*.cpp"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")]):
+    for path in _sources(tuple(command), source):
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"sdp-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -56,27 +64,29 @@ def compile_source(source: str, *flags: str, shared: bool = True, define: str = 
 
 
 @functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """All kernels with that storage type."""
-    loaded = ctypes.CDLL(str(compile_source("kernels.cpp", define=f"SIMT_TYPE={TYPES[dtype]}")))
+def library(operator: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """An operator's kernels with that storage type: ``<operator>.cpp``."""
+    loaded = ctypes.CDLL(str(compile_source(f"{operator}.cpp", define=f"SIMT_TYPE={TYPES[dtype]}")))
     loaded.simt_reached.restype = loaded.simt_launches.restype = ctypes.c_char_p
     return loaded
 
 
-def schedule(dtype: torch.dtype, order: int = 0, block_order: int = 0, skipped: str = "", dry: bool = False) -> None:
+def schedule(
+    operator: str, dtype: torch.dtype, order: int = 0, block_order: int = 0, skipped: str = "", dry: bool = False
+) -> None:
     """Sets the order of fibers and blocks, a barrier ("file.cuh:line") to leave out, and whether to launch at all."""
-    library(dtype).simt_set(order, block_order, skipped.encode(), int(dry))
+    library(operator, dtype).simt_set(order, block_order, skipped.encode(), int(dry))
 
 
-def reached(dtype: torch.dtype) -> dict[str, int]:
+def reached(operator: str, dtype: torch.dtype) -> dict[str, int]:
     """Barriers of the source reached since the last call, and how often."""
-    lines = library(dtype).simt_reached().decode().split("\n")
+    lines = library(operator, dtype).simt_reached().decode().split("\n")
     return {name: int(count) for name, count in (line.split() for line in lines if line)}
 
 
-def launches(dtype: torch.dtype) -> list[tuple[str, int, int, int]]:
+def launches(operator: str, dtype: torch.dtype) -> list[tuple[str, int, int, int]]:
     """(symbol, blocks, threads, bytes of shared memory) of the launches since the last call."""
-    lines = library(dtype).simt_launches().decode().split("\n")
+    lines = library(operator, dtype).simt_launches().decode().split("\n")
     return [(name, *map(int, numbers)) for name, *numbers in (line.split() for line in lines if line)]
 
 
@@ -98,8 +108,7 @@ class Guarded:
 
 def guarded(like: Tensor, fill: bool = True, shift: int = 0) -> Guarded:
     """``like`` with its strides, `shift` elements off from an alignment of 16 bytes; not filled: NaN everywhere."""
-    span = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride())) if like.numel() else 0
-    buffer = torch.full((span + 2 * _BAND + shift,), float("nan"), dtype=like.dtype)
+    buffer = torch.full((span(like) + 2 * _BAND + shift,), float("nan"), dtype=like.dtype)
     assert buffer.data_ptr() % 16 == 0
     view = buffer.as_strided(like.shape, like.stride(), _BAND + shift)
     if fill and 0 not in like.stride():
@@ -111,65 +120,17 @@ def guarded(like: Tensor, fill: bool = True, shift: int = 0) -> Guarded:
 
 
 def _indices(like: Tensor):
-    import itertools
-
     return itertools.product(*(range(n) for n in like.shape))
 
 
-def _sizes(x: Tensor):
-    shape = x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], 1, x.shape[1])
-    return (ctypes.c_int64 * 4)(*shape)
-
-
-def _views(*tensors: Tensor | None):
-    numbers = []
-    for t in tensors:
-        if t is None:
-            numbers += [0] * 5
-        else:
-            s = t.stride()
-            numbers += [t.data_ptr(), *(s if t.dim() == 4 else (s[0], s[2], 0, s[1]))]
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def _pointer(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
 @dataclass
-class Told:
-    """What a launch decided, and its guarded outputs."""
+class Outputs:
+    """Guarded outputs of one call."""
 
-    numbers: ctypes.Array
     guards: list[Guarded] = field(default_factory=list)
 
-    @property
-    def family(self) -> str:
-        return FAMILIES[self.numbers[0]]
-
-    @property
-    def packed(self) -> bool:
-        """16-byte accesses."""
-        return self.numbers[1] == 1
-
-    @property
-    def half_packed(self) -> bool:
-        """8-byte accesses."""
-        return self.numbers[1] == 2
-
-    @property
-    def on_chip(self) -> bool:
-        return bool(self.numbers[2])
-
-    @property
-    def sums_on_chip(self) -> bool:
-        return bool(self.numbers[3])
-
-    @property
-    def tile_pixels(self) -> int:
-        return self.numbers[4]
-
     def out(self, like: Tensor, shift: int = 0) -> Tensor:
+        """A tensor like ``like``, NaN everywhere, for a kernel to write."""
         self.guards.append(guarded(like, fill=False, shift=shift))
         return self.guards[-1].view
 
@@ -178,67 +139,37 @@ class Told:
             g.assert_untouched()
 
 
+def pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def sizes(x: Tensor) -> ctypes.Array:
+    """B, C, H, W of a picture (B, C, H, W) or of a token buffer (B, T, C), which is one row."""
+    return (ctypes.c_int64 * 4)(*(x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], 1, x.shape[1])))
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Of B, C, H, W, as by :func:`sizes`."""
+    s = x.stride()
+    return s if x.dim() == 4 else (s[0], s[2], 0, s[1])
+
+
+def views(*tensors: Tensor | None) -> ctypes.Array:
+    """Address and strides of each tensor; zeros for None."""
+    numbers = [n for t in tensors for n in ((0,) * 5 if t is None else (t.data_ptr(), *strides(t)))]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def spans(*tensors: Tensor | None) -> list[int]:
+    """Of each tensor, how many elements its memory spans, and its strides: for the sanitized programs."""
+    return [n for t in tensors for n in ((0,) * 5 if t is None else (span(t), *strides(t)))]
+
+
+def span(t: Tensor) -> int:
+    """Elements from its first to its last."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of accumulators, statistics and parameter gradients' partial sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def layer_norm_fwd(
-    x, residual, weight, bias, eps=1e-6, registers=0, limits=H200
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Told]:
-    """(y, mean, rstd, sum, told) as ``layer_norm_2d_fwd`` gives them."""
-    told = Told((ctypes.c_int64 * 5)())
-    y = told.out(torch.empty_like(x))
-    total = None if residual is None else told.out(torch.empty_like(x))
-    shape = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else x.shape[:2]
-    mean, rstd = (told.out(torch.empty(shape, dtype=wide_dtype(x.dtype))) for _ in range(2))
-    wide = [int(p.dtype == wide_dtype(x.dtype)) for p in (weight, bias)]
-    library(x.dtype).layer_norm_2d_fwd(
-        *(_sizes(x), _views(x, residual, y, total), ctypes.c_int64(registers), ctypes.c_double(eps)),
-        *(_pointer(weight), _pointer(bias), *wide, _pointer(mean), _pointer(rstd)),
-        *((ctypes.c_int64 * 3)(*limits), told.numbers),
-    )
-    told.assert_untouched()
-    return y, mean, rstd, total, told
-
-
-def layer_norm_bwd(
-    grad, grad_sum, x, weight, mean, rstd, registers=0, limits=H200
-) -> tuple[Tensor, Tensor, Tensor, Told]:
-    """(dx, dweight, dbias, told) as ``layer_norm_2d_bwd`` gives them."""
-    told = Told((ctypes.c_int64 * 5)())
-    dx, dweight, dbias = told.out(torch.empty_like(x)), told.out(weight), told.out(weight)
-    library(x.dtype).layer_norm_2d_bwd(
-        *(_sizes(x), _views(x, grad, grad_sum, dx), ctypes.c_int64(registers)),
-        *(_pointer(weight), int(weight.dtype == wide_dtype(x.dtype)), _pointer(mean), _pointer(rstd)),
-        *(_pointer(dweight), _pointer(dbias), (ctypes.c_int64 * 3)(*limits), told.numbers),
-    )
-    told.assert_untouched()
-    return dx, dweight, dbias, told
-
-
-def kelu(x: Tensor, grad: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-    """KeLü of x, or with ``grad`` its gradient, written to ``y`` (of any strides) or to a new tensor like x."""
-    told = Told((ctypes.c_int64 * 5)())
-    y = told.out(torch.empty_like(x) if y is None else y)
-    tensors = [y, x] if grad is None else [y, x, grad]
-    sizes, strides = merged(tensors)
-    numbers = [*sizes, *strides[0], *strides[1], *(strides[2] if grad is not None else [0] * len(sizes))]
-    library(x.dtype).kelu(
-        *(_pointer(grad), _pointer(x), _pointer(y), ctypes.c_int64(x.numel()), len(sizes)),
-        (ctypes.c_int64 * max(1, len(numbers)))(*numbers),
-    )
-    told.assert_untouched()
-    return y
-
-
-def merged(tensors: list[Tensor]) -> tuple[list[int], list[list[int]]]:
-    """Sizes and, per tensor, strides of dimensions merged as far as they go, outermost first, as by host.cuh."""
-    dims = [(n, [t.stride(d) for t in tensors]) for d, n in enumerate(tensors[0].shape) if n != 1]
-    dims.sort(key=lambda dim: -dim[1][0])
-    out: list[tuple[int, list[int]]] = []
-    for n, strides in dims:
-        if out and all(outer == inner * n for outer, inner in zip(out[-1][1], strides)):
-            out[-1] = (out[-1][0] * n, strides)
-        else:
-            out.append((n, strides))
-    return [n for n, _ in out], [[s[k] for _, s in out] for k in range(len(tensors))]

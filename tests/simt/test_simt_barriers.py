@@ -13,7 +13,7 @@ import signal
 import pytest
 import simt_emulator as emulator
 import torch
-from simt_norm_cases import CASES, LONG_CASES, run
+from simt_operators import OPERATORS
 
 pytestmark = pytest.mark.proof("emulator")
 DTYPE = torch.bfloat16
@@ -33,27 +33,26 @@ def barriers() -> list[str]:
     return found
 
 
-def outputs(case) -> bytes:
-    # Register rows of the sum may be NaN, of any bits.
-    return b"".join(
-        t.contiguous().nan_to_num(7.0).view(torch.uint8).numpy().tobytes() for t in run(case, DTYPE)[0].values()
-    )
+def outputs(operator: str, case) -> bytes:
+    tensors = OPERATORS[operator].outputs(case, DTYPE)
+    return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.numel())
 
 
 @pytest.fixture(scope="module")
-def results() -> list[tuple[object, bytes, dict[str, int]]]:
-    """Case, its outputs and the barriers it came to."""
+def results() -> list[tuple[str, object, bytes, dict[str, int]]]:
+    """Operator, case, its outputs and the barriers it came to."""
     torch.set_num_threads(1)
-    emulator.schedule(DTYPE)
-    emulator.reached(DTYPE)
     table = []
-    for case in [*CASES, *LONG_CASES[:-2]]:
-        emulator.schedule(DTYPE)
-        table.append((case, outputs(case), emulator.reached(DTYPE)))
+    for operator, cases in OPERATORS.items():
+        for case in cases.BARRIER_CASES:
+            emulator.schedule(operator, DTYPE)
+            emulator.reached(operator, DTYPE)
+            wanted = outputs(operator, case)
+            table.append((operator, case, wanted, emulator.reached(operator, DTYPE)))
     return table
 
 
-def differs(case, wanted: bytes, order: int, skipped: str) -> bool:
+def differs(operator: str, case, wanted: bytes, order: int, skipped: str) -> bool:
     """Whether the case without the barrier crashes, is refused or gives other bits."""
     child = os.fork()
     if child == 0:
@@ -62,8 +61,8 @@ def differs(case, wanted: bytes, order: int, skipped: str) -> bool:
         signal.alarm(60)
         same = False
         try:
-            emulator.schedule(DTYPE, order, 0, skipped)
-            same = outputs(case) == wanted
+            emulator.schedule(operator, DTYPE, order, 0, skipped)
+            same = outputs(operator, case) == wanted
         finally:
             os._exit(0 if same else 1)
     _, status = os.waitpid(child, 0)
@@ -71,17 +70,18 @@ def differs(case, wanted: bytes, order: int, skipped: str) -> bool:
 
 
 def test_every_barrier_is_reached(results):
-    reached = set().union(*(counts for _, _, counts in results))
+    reached = set().union(*(counts for *_, counts in results))
     assert reached == set(barriers())
 
 
 @pytest.mark.parametrize("barrier", barriers())
 def test_without_it_something_is_noticed(barrier, results):
-    reaching = [(case, wanted) for case, wanted, counts in results if barrier in counts]
+    reaching = [result[:3] for result in results if barrier in result[3]]
     assert reaching
-    for case, wanted in reaching:
-        assert not differs(case, wanted, emulator.WARPS_DESCENDING, ""), f"{case} is not deterministic to begin with"
+    for operator, case, wanted in reaching:
+        still = not differs(operator, case, wanted, emulator.WARPS_DESCENDING, "")
+        assert still, f"{operator} {case} is not deterministic to begin with"
         for order in emulator.ORDERS:
-            if differs(case, wanted, order, barrier):
+            if differs(operator, case, wanted, order, barrier):
                 return
     pytest.fail(f"nothing changes without the barrier at {barrier}: take it out, or test what it is for")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import simt_emulator as emulator
+import simt_kelu as kernels
 import torch
 
 pytestmark = pytest.mark.proof("emulator")
@@ -40,15 +41,15 @@ def test_every_16_bit_number(dtype):
     # Near −3.5 f is next to nothing, and fp64 by the definition has lost its digits: left out.
     wanted, wanted_slope = value(x.double()), slope(x.double())
     normal = wanted.abs() > 1e-10
-    assert error_in_ulps(emulator.kelu(x)[normal], wanted[normal]) <= 1
+    assert error_in_ulps(kernels.kelu(x)[normal], wanted[normal]) <= 1
     normal = wanted_slope.abs() > 1e-10
-    assert error_in_ulps(emulator.kelu(x, one)[normal], wanted_slope[normal]) <= 1
+    assert error_in_ulps(kernels.kelu(x, one)[normal], wanted_slope[normal]) <= 1
 
 
 def test_single_precision():
     x = torch.linspace(-4, 4, 100_001)
-    assert (emulator.kelu(x).double() - value(x.double())).abs().max() <= 2e-7
-    assert (emulator.kelu(x, torch.ones_like(x)).double() - slope(x.double())).abs().max() <= 2e-7
+    assert (kernels.kelu(x).double() - value(x.double())).abs().max() <= 2e-7
+    assert (kernels.kelu(x, torch.ones_like(x)).double() - slope(x.double())).abs().max() <= 2e-7
 
 
 @dtypes
@@ -56,10 +57,10 @@ def test_single_precision():
 def test_any_length_and_alignment(count, dtype):
     generator = torch.Generator().manual_seed(count)
     values, grads = (torch.randn(count, generator=generator).mul(2).to(dtype) for _ in range(2))
-    aligned = emulator.kelu(emulator.guarded(values).view), emulator.kelu(values, emulator.guarded(grads).view)
+    aligned = kernels.kelu(emulator.guarded(values).view), kernels.kelu(values, emulator.guarded(grads).view)
     shifted = emulator.guarded(values, shift=1).view, emulator.guarded(grads, shift=1).view
-    assert torch.equal(emulator.kelu(shifted[0]), aligned[0])
-    assert torch.equal(emulator.kelu(shifted[0], shifted[1]), aligned[1])
+    assert torch.equal(kernels.kelu(shifted[0]), aligned[0])
+    assert torch.equal(kernels.kelu(shifted[0], shifted[1]), aligned[1])
     wanted = value(values.double())
     assert (aligned[0].double() - wanted).abs().max() <= 0.51 * torch.finfo(dtype).eps * wanted.abs().max() + 2e-7
 
@@ -69,29 +70,29 @@ def test_any_strides(dtype):
     base = torch.randn(3, 6, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     grad = torch.randn(1, 6, 1, 1, generator=torch.Generator().manual_seed(1)).to(dtype)
     for x in (base[:, ::2, :, 1::3], base.transpose(1, 3), base[1:, :, 2], base.expand(2, 3, 6, 5, 8)):
-        wanted = emulator.kelu(x.contiguous())
-        assert torch.equal(emulator.kelu(emulator.guarded(x).view), wanted)
+        wanted = kernels.kelu(x.contiguous())
+        assert torch.equal(kernels.kelu(emulator.guarded(x).view), wanted)
     x, down = base.transpose(1, 2), grad.expand(base.shape).transpose(1, 2)
-    wanted = emulator.kelu(x.contiguous(), down.contiguous())
+    wanted = kernels.kelu(x.contiguous(), down.contiguous())
     for out in (torch.empty_like(x), torch.empty(x.shape, dtype=dtype), base.new_empty(3, 5, 6, 16)[..., ::2]):
         for more in (down, down.contiguous()):
-            assert torch.equal(emulator.kelu(x, more, out), wanted)
+            assert torch.equal(kernels.kelu(x, more, out), wanted)
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
 def test_same_in_every_order(order):
     x = torch.linspace(-4, 4, 9001).bfloat16()
-    emulator.schedule(x.dtype)
-    wanted = emulator.kelu(x), emulator.kelu(x[::2], x[::2])
-    emulator.schedule(x.dtype, order, 99)
-    got = emulator.kelu(x), emulator.kelu(x[::2], x[::2])
-    emulator.schedule(x.dtype)
+    emulator.schedule("kelu", x.dtype)
+    wanted = kernels.kelu(x), kernels.kelu(x[::2], x[::2])
+    emulator.schedule("kelu", x.dtype, order, 99)
+    got = kernels.kelu(x), kernels.kelu(x[::2], x[::2])
+    emulator.schedule("kelu", x.dtype)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted))
 
 
 def test_not_a_number_passes_through():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
-    y, dx = emulator.kelu(x), emulator.kelu(x, torch.ones(4))
+    y, dx = kernels.kelu(x), kernels.kelu(x, torch.ones(4))
     assert y[0].isnan() and dx[0].isnan()
     assert y[1:].tolist() == [float("inf"), 0.0, 0.0] and dx[1:3].tolist() == [1.0, 0.0]
     assert abs(dx[3].item() - 0.5) <= 2e-7
@@ -101,18 +102,18 @@ def test_offsets_beyond_31_bits():
     far = 2**31
     base = torch.empty(far + 4096, dtype=torch.bfloat16)
     x = base.as_strided((2, 100), (far, 1)).copy_(torch.randn(2, 100))
-    assert torch.equal(emulator.kelu(x), emulator.kelu(x.clone()))
+    assert torch.equal(kernels.kelu(x), kernels.kelu(x.clone()))
 
 
 class _Emulated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return emulator.kelu(x)
+        return kernels.kelu(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return emulator.kelu(ctx.saved_tensors[0], grad)
+        return kernels.kelu(ctx.saved_tensors[0], grad)
 
 
 def test_gradcheck():

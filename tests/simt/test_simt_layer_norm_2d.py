@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import simt_emulator as emulator
+import simt_layer_norm_2d as kernels
 import torch
-from simt_norm_cases import CASES, LONG_CASES, SMALL_CHIP, NormCase, assert_right, inputs_of, run
+from simt_layer_norm_2d_cases import CASES, LONG_CASES, SMALL_CHIP, NormCase, assert_right, inputs_of, run
 
 pytestmark = pytest.mark.proof("emulator")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +20,7 @@ def _one_thread():
     yield
     torch.set_num_threads(before)
     for dtype in DTYPES:
-        emulator.schedule(dtype)
+        emulator.schedule("layer_norm_2d", dtype)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -42,21 +43,21 @@ def test_right(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_in_every_order(case, dtype):
-    emulator.schedule(dtype)
+    emulator.schedule("layer_norm_2d", dtype)
     wanted, _, _ = run(case, dtype)
     for order, block_order in zip(emulator.ORDERS, (1, 99, 0, 0, 99, 1)):
-        emulator.schedule(dtype, order, block_order)
+        emulator.schedule("layer_norm_2d", dtype, order, block_order)
         assert_same_bits(run(case, dtype)[0], wanted, f"fiber order {order}, block order {block_order}")
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_blocks_that_go_round(case):
     dtype = torch.bfloat16
-    emulator.schedule(dtype)
+    emulator.schedule("layer_norm_2d", dtype)
     wanted, _, _ = run(case, dtype)
     assert_right(case, dtype, wanted)
     for order in emulator.ORDERS[1:]:
-        emulator.schedule(dtype, order, 99)
+        emulator.schedule("layer_norm_2d", dtype, order, 99)
         assert_same_bits(run(case, dtype)[0], wanted, f"fiber order {order}")
 
 
@@ -105,14 +106,14 @@ def test_both_sides_of_the_chips_border(dtype, backward, limits):
     """Columns are read once up to where C × 8 pixels fill shared memory but for 2 KB; right on both sides of it."""
 
     def on_chip(channels: int) -> bool:
-        emulator.schedule(dtype, dry=True)
+        emulator.schedule("layer_norm_2d", dtype, dry=True)
         x, weight = torch.empty(1, channels, 2, 4, dtype=dtype), torch.empty(channels)
         statistics = torch.empty(1, 2, 4)
         if backward:
-            told = emulator.layer_norm_bwd(x, None, x, weight, statistics, statistics, limits=limits)[-1]
+            told = kernels.layer_norm_bwd(x, None, x, weight, statistics, statistics, limits=limits)[-1]
         else:
-            told = emulator.layer_norm_fwd(x, None, weight, weight, limits=limits)[-1]
-        emulator.schedule(dtype)
+            told = kernels.layer_norm_fwd(x, None, weight, weight, limits=limits)[-1]
+        emulator.schedule("layer_norm_2d", dtype)
         assert told.family == "columns" and told.packed
         assert told.tile_pixels == 8 or not told.on_chip or channels < 8000
         return told.on_chip
@@ -146,17 +147,17 @@ def test_both_sides_of_the_chips_border(dtype, backward, limits):
 )
 def test_outputs_do_not_depend_on_the_batch(case, dtype):
     i = inputs_of(case, dtype)
-    y, mean, rstd, total, _ = emulator.layer_norm_fwd(
+    y, mean, rstd, total, _ = kernels.layer_norm_fwd(
         i.x, i.residual, i.weight, i.bias, 1e-5, case.registers, case.limits
     )
     x = i.x if total is None else total
-    dx, *_ = emulator.layer_norm_bwd(i.grad, i.grad_sum, x, i.weight, mean, rstd, case.registers, case.limits)
+    dx, *_ = kernels.layer_norm_bwd(i.grad, i.grad_sum, x, i.weight, mean, rstd, case.registers, case.limits)
     for at in range(case.shape[0]):
         part = slice(at, at + 1)
         residual = None if i.residual is None else i.residual[part]
         grad_sum = None if i.grad_sum is None else i.grad_sum[part]
-        alone = emulator.layer_norm_fwd(i.x[part], residual, i.weight, i.bias, 1e-5, case.registers, case.limits)
-        same = emulator.layer_norm_bwd(
+        alone = kernels.layer_norm_fwd(i.x[part], residual, i.weight, i.bias, 1e-5, case.registers, case.limits)
+        same = kernels.layer_norm_bwd(
             i.grad[part], grad_sum, x[part], i.weight, mean[part], rstd[part], case.registers, case.limits
         )
         wanted = {"y": y[part], "mean": mean[part], "rstd": rstd[part], "dx": dx[part]}
@@ -198,11 +199,11 @@ def test_offsets_beyond_31_bits():
         for tensors in ((x, x), (x.unsqueeze(2).permute(0, 3, 1, 2), None)):
             value, grad = tensors[0], tensors[0]
             dense = torch.empty_like(value).copy_(value)
-            y, mean, rstd, *_ = emulator.layer_norm_fwd(value, None, weight, weight)
-            same, *_ = emulator.layer_norm_fwd(dense, None, weight, weight)
+            y, mean, rstd, *_ = kernels.layer_norm_fwd(value, None, weight, weight)
+            same, *_ = kernels.layer_norm_fwd(dense, None, weight, weight)
             assert torch.equal(y, same)
-            dx, *_ = emulator.layer_norm_bwd(grad, None, value, weight, mean, rstd)
-            same, *_ = emulator.layer_norm_bwd(dense, None, dense, weight, mean, rstd)
+            dx, *_ = kernels.layer_norm_bwd(grad, None, value, weight, mean, rstd)
+            same, *_ = kernels.layer_norm_bwd(dense, None, dense, weight, mean, rstd)
             assert torch.equal(dx, same)
 
 
@@ -210,14 +211,14 @@ def test_no_rows():
     """An empty batch: weight gradients are zeros."""
     x = torch.empty(0, 5, 3, 3, dtype=torch.bfloat16)
     weight, statistics = torch.ones(5), torch.empty(0, 3, 3)
-    _, dweight, dbias, _ = emulator.layer_norm_bwd(x, None, x, weight, statistics, statistics)
+    _, dweight, dbias, _ = kernels.layer_norm_bwd(x, None, x, weight, statistics, statistics)
     assert torch.equal(dweight, torch.zeros(5)) and torch.equal(dbias, torch.zeros(5))
 
 
 class _Emulated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, registers, limits):
-        y, mean, rstd, total, _ = emulator.layer_norm_fwd(x, residual, weight, bias, 1e-5, registers, limits)
+        y, mean, rstd, total, _ = kernels.layer_norm_fwd(x, residual, weight, bias, 1e-5, registers, limits)
         ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
         ctx.registers, ctx.limits = registers, limits
         return (y, y.new_zeros(()) if total is None else total)
@@ -226,7 +227,7 @@ class _Emulated(torch.autograd.Function):
     def backward(ctx, grad, grad_sum):
         x, weight, mean, rstd = ctx.saved_tensors
         more = grad_sum if grad_sum.dim() else None
-        dx, dw, db, _ = emulator.layer_norm_bwd(grad, more, x, weight, mean, rstd, ctx.registers, ctx.limits)
+        dx, dw, db, _ = kernels.layer_norm_bwd(grad, more, x, weight, mean, rstd, ctx.registers, ctx.limits)
         return dx, dx if more is not None else None, dw, db, None, None
 
 

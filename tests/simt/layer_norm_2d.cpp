@@ -1,21 +1,9 @@
-// The CUDA kernels of this repository as a library for the CPU, one storage type each (-DSIMT_TYPE=...), called by
-// ctypes. The pair of functions below does what csrc/cuda/*.cu do around `launch`.
-#include "simt.h"
-// The emulator first: it defines what the kernels' sources expect of a CUDA compiler.
-#include "cuda/kelu.cuh"
+// LayerNorm's CUDA kernels for the emulator: does what csrc/cuda/layer_norm_2d.cu does around `launch`.
+#include "library.h"
+//
 #include "cuda/layer_norm_2d.cuh"
 
-using T = SIMT_TYPE;
-using A = sdp::Accumulator<T>;
-
 namespace {
-
-struct Launcher {
-  template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), const sdp::LaunchGeometry& g, const Arguments&... arguments) const {
-    simt::launch(kernel, g.blocks, g.threads, g.shared, arguments...);
-  }
-};
 
 // views: data and strides of B, C, H, W per tensor; sizes: B, C, H, W.
 sdp::PictureView view(const int64_t* views, int i, const sdp::PictureSizes& s) {
@@ -33,25 +21,6 @@ void tell(const sdp::LayerNormPlan& p, int64_t* told) {
 }  // namespace
 
 extern "C" {
-
-void simt_set(unsigned order, unsigned block_order, const char* skipped, int dry) {
-  simt::settings.order = order, simt::settings.block_order = block_order, simt::settings.skipped = skipped;
-  simt::settings.dry = dry;
-}
-// "name count" per line of all barriers that were reached so far; forgets them.
-const char* simt_reached() {
-  static std::string out;
-  out.clear();
-  for (const auto& [place, count] : simt::settings.reached) out += place + " " + std::to_string(count) + "\n";
-  simt::settings.reached.clear();
-  return out.c_str();
-}
-const char* simt_launches() {
-  static std::string out;
-  out.swap(simt::settings.launches);
-  simt::settings.launches.clear();
-  return out.c_str();
-}
 
 // views: x, residual, y, sum.
 void layer_norm_2d_fwd(const int64_t* sizes, const int64_t* views, int64_t registers, double eps, const void* weight,
@@ -84,18 +53,5 @@ void layer_norm_2d_bwd(const int64_t* sizes, const int64_t* views, int64_t regis
   if (wide) sdp::layer_norm_2d_backward<T>(c, plan, static_cast<A*>(dweight), static_cast<A*>(dbias), Launcher{});
   else sdp::layer_norm_2d_backward<T>(c, plan, static_cast<T*>(dweight), static_cast<T*>(dbias), Launcher{});
   std::free(c.partial);
-}
-
-// strides: sizes, then steps of y, x and grad, `dims` each. grad is null in forward.
-void kelu(const void* grad, const void* x, void* y, int64_t elements, int dims, const int64_t* strides) {
-  sdp::KeluStrides s{};
-  s.dims = dims;
-  for (int d = 0; d < dims; ++d) {
-    s.size[d] = strides[d], s.y[d] = strides[dims + d];
-    s.x[d] = strides[2 * dims + d], s.grad[d] = strides[3 * dims + d];
-  }
-  const T *from = static_cast<const T*>(x), *down = static_cast<const T*>(grad);
-  if (grad == nullptr) sdp::kelu_launch<T, false>(down, from, static_cast<T*>(y), elements, s, Launcher{});
-  else sdp::kelu_launch<T, true>(down, from, static_cast<T*>(y), elements, s, Launcher{});
 }
 }

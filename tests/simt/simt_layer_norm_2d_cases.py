@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import simt_emulator as emulator
+import simt_layer_norm_2d as kernels
 import torch
 from torch import Tensor
 
@@ -97,14 +98,14 @@ def inputs_of(case: NormCase, dtype: torch.dtype) -> Inputs:
     )
 
 
-def run(case: NormCase, dtype: torch.dtype) -> tuple[dict[str, Tensor], emulator.Told, emulator.Told]:
+def run(case: NormCase, dtype: torch.dtype) -> tuple[dict[str, Tensor], kernels.Told, kernels.Told]:
     """Both passes of the kernels, all outputs by name."""
     i = inputs_of(case, dtype)
-    y, mean, rstd, total, told = emulator.layer_norm_fwd(
+    y, mean, rstd, total, told = kernels.layer_norm_fwd(
         i.x, i.residual, i.weight, i.bias, 1e-5, case.registers, case.limits
     )
     x = i.x if total is None else total
-    dx, dweight, dbias, told_bwd = emulator.layer_norm_bwd(
+    dx, dweight, dbias, told_bwd = kernels.layer_norm_bwd(
         i.grad, i.grad_sum, x, i.weight, mean, rstd, case.registers, case.limits
     )
     out = {"y": y, "mean": mean, "rstd": rstd, "dx": dx, "dweight": dweight, "dbias": dbias}
@@ -203,3 +204,23 @@ LONG_CASES = [
     NormCase((1, 1200, 768)),
     NormCase((1, 96, 96, 96)),
 ]
+
+BARRIER_CASES = [*CASES, *LONG_CASES[:-2]]
+
+
+def outputs(case: NormCase, dtype: torch.dtype) -> list[Tensor]:
+    """Of both passes; register rows of the sum may be NaN, of any bits."""
+    return [t.nan_to_num(7.0) for t in run(case, dtype)[0].values()]
+
+
+def sanitizer_calls(dtype: torch.dtype) -> list[str]:
+    calls = []
+    for number, case in enumerate(BARRIER_CASES):
+        i, order = inputs_of(case, dtype), emulator.ORDERS[number % len(emulator.ORDERS)]
+        empty = torch.empty_like(i.x)
+        forward = (i.x, i.residual, empty, empty if case.residual else None)
+        for backward, tensors in ((0, forward), (1, (i.x, i.grad, i.grad_sum, empty))):
+            settings = [backward, case.registers, int(not case.narrow_parameters), *case.limits, order]
+            numbers = [*settings, *emulator.sizes(i.x), *emulator.spans(*tensors)]
+            calls.append("layer_norm_2d " + " ".join(map(str, numbers)))
+    return calls

@@ -1,8 +1,9 @@
-"""Prints what every kernel needs on the GPUs it ships for; ``--write`` makes that the committed table, resources.json.
+"""Prints what every kernel needs on the GPUs it ships for; ``--write`` makes that the committed tables, committed/.
 
-    python tests/aot/resources.py [--write] [cuda] [triton]
+    python tests/aot/resources.py [--write] [cuda] [triton] [cuda/kelu …]
 
-Names choose parts; the other parts of the table stay as they are. No GPU is needed: kernels are only compiled.
+Names choose backends, or one operator of one. No GPU is needed: kernels are only compiled. An operator takes part by a
+module ``cuda_<operator>.py`` (beside its ``cuda_<operator>.cu``) or ``triton_<operator>.py``.
 """
 
 from __future__ import annotations
@@ -12,21 +13,45 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-TABLE = HERE / "resources.json"
-PARTS = ("cuda", "triton")
+TABLES = HERE / "committed"
+BACKENDS = ("cuda", "triton")
+PARTS = tuple(
+    f"{backend}/{path.stem.removeprefix(backend + '_')}"
+    for backend in BACKENDS
+    for path in sorted(HERE.glob(f"{backend}_*.py"))
+)
+"""Backend and operator, e.g. "cuda/kelu"."""
+
+
+def operators(backend: str) -> list[str]:
+    """That have kernels on that backend."""
+    return [part.partition("/")[2] for part in PARTS if part.startswith(backend + "/")]
+
+
+def module(part: str) -> ModuleType:
+    """``cuda_kelu`` for "cuda/kelu"."""
+    sys.path.insert(0, str(HERE))
+    return importlib.import_module(part.replace("/", "_"))
+
+
+def table(part: str) -> Path:
+    """Where the committed table of a part stands."""
+    return TABLES / f"{part.replace('/', '_')}.json"
 
 
 def committed(part: str) -> dict:
-    """That part of the committed table; empty if there is none."""
-    return json.loads(TABLE.read_text(encoding="utf-8")).get(part, {}) if TABLE.exists() else {}
+    """The committed table of a part; empty if there is none."""
+    return json.loads(table(part).read_text(encoding="utf-8")) if table(part).exists() else {}
 
 
 def collect(part: str) -> dict:
     """That part as compiled now."""
     sys.path.insert(0, str(HERE))
-    return importlib.import_module(f"resources_{part}").collect()
+    backend, _, operator = part.partition("/")
+    return importlib.import_module(f"resources_{backend}").collect(operator)
 
 
 def differences(old, new, path: str = "") -> list[str]:
@@ -56,20 +81,20 @@ def _lines(value, indent: int = 0) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--write", action="store_true", help=f"update {TABLE.name}")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join((*BACKENDS, *PARTS))}; all by default")
+    parser.add_argument("--write", action="store_true", help=f"update {TABLES.name}/")
     arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
+    unknown = set(arguments.parts) - {*BACKENDS, *PARTS}
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    new = {part: collect(part) for part in arguments.parts or PARTS}
-    print(_lines(new))
-    for part in new:
-        for line in differences(committed(part), new[part]):
+    wanted = [p for p in PARTS if not arguments.parts or {p, p.partition("/")[0]} & set(arguments.parts)]
+    for part in wanted:
+        new = collect(part)
+        print(_lines({part: new}), flush=True)
+        for line in differences(committed(part), new):
             print(f"{part}: {line}", file=sys.stderr)
-    if arguments.write:
-        table = {part: new.get(part) or committed(part) for part in PARTS}
-        TABLE.write_text(_lines({k: v for k, v in table.items() if v}) + "\n", encoding="utf-8")
+        if arguments.write:
+            table(part).write_text(_lines(new) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """What the CUDA kernels need on GPUs that are not here: compiled by nvcc per architecture, read from ptxas and SASS.
 
-``collect()`` has, per kernel and architecture, registers, bytes spilled, stack and static shared memory, and how many
-128-bit accesses to global memory its code has; and for shapes that matter which kernel runs, with which geometry and
-occupancy.
+``collect(operator)`` has, per kernel and architecture, registers, bytes spilled, stack and static shared memory, and
+how many 128-bit accesses to global memory and tensor-core instructions its code has; and for shapes that matter which
+kernel runs, with which geometry and occupancy. An operator brings ``cuda_<operator>.cu``, which instantiates every
+kernel that ships, and ``cuda_<operator>.py`` with
+
+- ``CASES``: name → function of the device's limits, which calls the operator's emulated launcher while nothing runs;
+- ``WIDE``, ``WIDE_COUNT``: pattern of the kernels that move 16 bytes at a time, and how many of them there are;
+- ``TENSOR_CORES``, ``TENSOR_CORES_COUNT``: the same for kernels that multiply on tensor cores (absent: none).
 """
 
 from __future__ import annotations
@@ -14,12 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-sys.path.insert(0, str(HERE.parent / "simt"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+
+import resources  # noqa: E402
+
 PINNED = "13.0"
 """Version of nvcc that the committed table was made with."""
 
@@ -29,23 +38,6 @@ ARCHITECTURES = {
     "sm_90": (233472, 232448),
     "sm_100": (233472, 232448),
 }
-# (what, layout, shape, dtype): pictures (B, C, H, W) or token buffers (B, T, C)
-SHAPES = [
-    *(
-        ("norm", layout, (256, 768, 16, 16), dtype)
-        for layout in ("channels_last", "contiguous")
-        for dtype in ("bf16", "fp32")
-    ),
-    *(
-        ("norm", layout, shape, "bf16")
-        for layout in ("channels_last", "contiguous")
-        for shape in ((256, 96, 56, 56), (256, 192, 28, 28), (256, 384, 14, 14), (256, 768, 7, 7), (256, 1536, 8, 8))
-    ),
-    *(("norm", "tokens", (256, 261, c), "bf16") for c in (384, 512, 768, 1024, 2048, 4096, 8192)),
-    ("norm", "contiguous", (64, 8192, 8, 8), "bf16"),
-    ("kelu", "dense", (256, 3072, 16, 16), "bf16"),
-    ("kelu", "dense", (256, 3072, 16, 16), "fp32"),
-]
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "true": "yes", "false": "no"}
 
 
@@ -83,10 +75,10 @@ def _readable(symbols: list[str]) -> dict[str, str]:
     return names
 
 
-def _compile(arch: str, work: Path) -> tuple[Path, str]:
+def _compile(source: Path, arch: str, work: Path) -> tuple[Path, str]:
     cubin = work / f"{arch}.cubin"
     command = [nvcc(), "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", f"-I{CSRC}", "-Xptxas=-v"]
-    done = subprocess.run([*command, "-cubin", "-o", cubin, HERE / "kernels.cu"], capture_output=True, text=True)
+    done = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "warning" not in done.stderr.lower(), done.stderr[:6000]
     return cubin, done.stderr
@@ -109,14 +101,15 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _vector_accesses(cubin: Path) -> dict[str, tuple[int, int]]:
-    """Mangled name → 128-bit loads and stores of global memory in its SASS."""
+def _instructions(cubin: Path) -> dict[str, dict[str, int]]:
+    """Mangled name → 128-bit loads and stores of global memory and tensor-core multiplications in its SASS."""
     text = subprocess.run(
         [_triton_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
     parts = re.split(r"Function : (\S+)", text)[1:]
+    wanted = {"loads_128": r"\bLDG\.E\S*\.128", "stores_128": r"\bSTG\.E\S*\.128", "mma": r"\b(?:HMMA|HGMMA)\."}
     return {
-        symbol: (len(re.findall(r"\bLDG\.E\S*\.128", code)), len(re.findall(r"\bSTG\.E\S*\.128", code)))
+        symbol: {name: len(re.findall(pattern, code)) for name, pattern in wanted.items()}
         for symbol, code in zip(parts[::2], parts[1::2])
     }
 
@@ -129,73 +122,66 @@ def blocks_per_multiprocessor(arch: str, registers: int, threads: int, shared: i
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
-def _views(shape: tuple[int, ...], layout: str, present: list[bool]) -> ctypes.Array:
+def views(shape: tuple[int, ...], layout: str, present: list[bool]) -> ctypes.Array:
+    """Addresses and strides of tensors that are not there, in the layout; zeros for absent ones."""
     import torch
 
     like = torch.empty(shape, device="meta", memory_format=torch.channels_last if layout == "channels_last" else None)
     s = like.stride()
     strides = s if len(shape) == 4 else (s[0], s[2], 0, s[1])
     numbers = [n for there in present for n in ((4096, *strides) if there else (0,) * 5)]
-    return (ctypes.c_int64 * 20)(*numbers)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def launches_of(what: str, layout: str, shape: tuple[int, ...], dtype: str, arch: str, backward: bool) -> list[tuple]:
-    """(mangled name, blocks, threads, dynamic shared memory) of what an operator launches: nothing runs."""
-    import simt_emulator as emulator
+def case_name(which: str, shape: tuple[int, ...], layout: str, dtype: str) -> str:
+    return f"{which} {'x'.join(map(str, shape))} {layout} {dtype}"
+
+
+def torch_dtype(name: str):
     import torch
 
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    library, pointer = emulator.library(dtypes[dtype]), ctypes.c_void_p(4096)
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]
+
+
+def dry(operator: str, dtype: str, call: Callable[[ctypes.CDLL], None]) -> list[tuple[str, int, int, int]]:
+    """(mangled name, blocks, threads, dynamic shared memory) of what ``call`` of the emulator's library launches."""
+    import simt_emulator as emulator
+
+    emulator.schedule(operator, torch_dtype(dtype), dry=True)
+    emulator.launches(operator, torch_dtype(dtype))
+    call(emulator.library(operator, torch_dtype(dtype)))
+    emulator.schedule(operator, torch_dtype(dtype))
+    return emulator.launches(operator, torch_dtype(dtype))
+
+
+def limits_of(arch: str) -> ctypes.Array:
+    """DeviceLimits: shared memory of a block and of a multiprocessor, bytes; multiprocessors, always an H200's."""
     multiprocessor, block = ARCHITECTURES[arch]
-    limits, told = (ctypes.c_int64 * 3)(block, multiprocessor, 132), (ctypes.c_int64 * 5)()
-    emulator.schedule(dtypes[dtype], dry=True)
-    emulator.launches(dtypes[dtype])
-    if what == "kelu":
-        n = torch.Size(shape).numel()
-        strides = (ctypes.c_int64 * 4)(n, 1, 1, 1)
-        library.kelu(pointer if backward else None, pointer, pointer, ctypes.c_int64(n), 1, strides)
-    else:
-        sizes = shape if len(shape) == 4 else (shape[0], shape[2], 1, shape[1])
-        sizes = (ctypes.c_int64 * 4)(*sizes)
-        registers = ctypes.c_int64(5 if layout == "tokens" else 0)
-        statistics = (pointer, pointer)
-        if backward:
-            views = _views(shape, layout, [True] * 4)
-            library.layer_norm_2d_bwd(sizes, views, registers, pointer, 1, *statistics, pointer, pointer, limits, told)
-        else:
-            views = _views(shape, layout, [True, False, True, False])
-            eps = ctypes.c_double(1e-6)
-            library.layer_norm_2d_fwd(sizes, views, registers, eps, pointer, pointer, 1, 1, *statistics, limits, told)
-    emulator.schedule(dtypes[dtype])
-    return emulator.launches(dtypes[dtype])
+    return (ctypes.c_int64 * 3)(block, multiprocessor, 132)
 
 
-def collect() -> dict:
+def collect(operator: str) -> dict:
     """{"compiler", "kernels": {name: {arch: numbers}}, "launches": {case: {arch: text}}}."""
+    source = HERE / f"cuda_{operator}.cu"
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as pool:
-        made = dict(zip(ARCHITECTURES, pool.map(lambda arch: _compile(arch, Path(work)), ARCHITECTURES)))
-        resources = {arch: _resources(log) for arch, (_, log) in made.items()}
-        accesses = {arch: _vector_accesses(cubin) for arch, (cubin, _) in made.items()}
-    names = _readable(sorted(resources["sm_90"]))
-    kernels = {}
-    for symbol, name in sorted(names.items(), key=lambda item: item[1]):
-        kernels[name] = {
-            arch: resources[arch][symbol] | dict(zip(("loads_128", "stores_128"), accesses[arch][symbol]))
-            for arch in ARCHITECTURES
-        }
+        made = dict(zip(ARCHITECTURES, pool.map(lambda arch: _compile(source, arch, Path(work)), ARCHITECTURES)))
+        numbers = {arch: _resources(log) for arch, (_, log) in made.items()}
+        instructions = {arch: _instructions(cubin) for arch, (cubin, _) in made.items()}
+    names = _readable(sorted(numbers["sm_90"]))
+    kernels = {
+        name: {arch: numbers[arch][symbol] | instructions[arch][symbol] for arch in ARCHITECTURES}
+        for symbol, name in sorted(names.items(), key=lambda item: item[1])
+    }
     launches = {}
-    for what, layout, shape, dtype in SHAPES:
-        for backward in (False, True):
-            case = f"{what} {'bwd' if backward else 'fwd'} {'x'.join(map(str, shape))} {layout} {dtype}"
-            launches[case] = {}
-            for arch in ARCHITECTURES:
-                lines = []
-                for symbol, blocks, threads, shared in launches_of(what, layout, shape, dtype, arch, backward):
-                    numbers = resources[arch][symbol]
-                    resident = blocks_per_multiprocessor(arch, numbers["registers"], threads, shared)
-                    lines.append(
-                        f"{names[symbol]}: {blocks} blocks of {threads}, {shared} bytes shared,"
-                        f" {resident} resident, occupancy {resident * -(-threads // 32) / 64:.2f}"
-                    )
-                launches[case][arch] = lines
+    for case, launched in resources.module(f"cuda/{operator}").CASES.items():
+        launches[case] = {}
+        for arch in ARCHITECTURES:
+            lines = []
+            for symbol, blocks, threads, shared in launched(limits_of(arch)):
+                resident = blocks_per_multiprocessor(arch, numbers[arch][symbol]["registers"], threads, shared)
+                lines.append(
+                    f"{names[symbol]}: {blocks} blocks of {threads}, {shared} bytes shared,"
+                    f" {resident} resident, occupancy {resident * -(-threads // 32) / 64:.2f}"
+                )
+            launches[case][arch] = lines
     return {"compiler": f"nvcc {nvcc_version()}", "kernels": kernels, "launches": launches}

@@ -5,6 +5,13 @@
 The kernels' own host code is run on small CPU tensors with the launch replaced by a recorder, once per entry of
 ``configurations.json``, so what is compiled is what would be launched. The compiler is the pinned Triton of
 ``tests/triton/pinned.py`` whatever Triton is installed; :func:`collect` runs this file with it, in two processes.
+An operator takes part by ``triton_<operator>.py`` with
+
+- ``MODULES``: its modules that use ``launch``;
+- ``call(parts)``: for an entry "operator/part/…", a function that makes a call using it, and which of the call's
+  launches that is;
+- ``variants()``: name → function making calls that specialise kernels in other ways (dtypes, strides, sizes);
+- ``NARROW``: parts of the names of entries that load nothing 16 bytes at a time, for the reason given there.
 """
 
 from __future__ import annotations
@@ -15,9 +22,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -57,51 +69,20 @@ class _Recorder:
         self.launched.append(Launched(kernel, arguments, warps, tuple(constants.items())))
 
 
-def _calls(key: str):
-    """The operator's calls that use the table's entry, as functions of no argument; and which launch of them it is."""
-    import torch
-
-    from sdp_kernels.triton import kelu, layer_norm_2d
-
-    parts = key.split("/")
-    dtype = torch.bfloat16 if parts[-1] == "16bit" else torch.float32
-    if parts[0] == "kelu":
-        x = torch.empty(64, 48, 64, dtype=dtype)
-        x = {
-            "dense": x,
-            "line": torch.empty(1000, 2, dtype=dtype)[:, 0],
-            "square": x[:, :, :56],
-            "narrow": torch.empty(64, 9, dtype=dtype)[:, :7],
-        }[parts[2]]
-        grad = torch.empty(x.shape, dtype=dtype)
-        return (lambda: kelu.kelu_fwd(x)) if parts[1] == "forward" else (lambda: kelu.kelu_bwd(grad, x)), 0
-    layout = parts[2].removeprefix("odd ")
-    pixels = 15 if parts[2] == "odd columns" else 16
-    if parts[1] in ("forward", "backward"):
-        channels, which = int(parts[3]) * 3 // 4 - (parts[2] == "odd rows"), 0
-    elif parts[1] == "add_partials":
-        channels, which = (768, 1) if parts[2] == "narrow" else (1536, 1)
-    else:
-        channels, which = 16384, 1 if parts[1] in ("normalise", "apply") else 0
-    x = torch.empty(2, channels, pixels, pixels, dtype=dtype)
-    if layout == "rows":
-        x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.empty(channels)
-    statistics = torch.empty(2, pixels, pixels)
-    if parts[1] in ("forward", "statistics", "normalise"):
-        return (lambda: layer_norm_2d.layer_norm_2d_fwd(x, x, weight, weight, 1e-6, 0)), which
-    return (lambda: layer_norm_2d.layer_norm_2d_bwd(x, x, x, weight, statistics, statistics, 0)), which
+def record(operator: str, call: Callable[[], object]) -> list[Launched]:
+    """What ``call`` launches."""
+    recorder = _Recorder()
+    for module in resources.module(f"triton/{operator}").MODULES:
+        module.launch = recorder
+    call()
+    return recorder.launched
 
 
 def recorded(key: str) -> Launched:
     """The launch that the table's entry ``key`` leads to."""
-    from sdp_kernels.triton import kelu, layer_norm_2d
-
-    recorder = _Recorder()
-    kelu.launch = layer_norm_2d.launch = recorder
-    call, which = _calls(key)
-    call()
-    return recorder.launched[which]
+    operator, *parts = key.split("/")
+    call, which = resources.module(f"triton/{operator}").call(parts)
+    return record(operator, call)[which]
 
 
 def _signature(launched: Launched) -> tuple[dict, dict, dict]:
@@ -182,8 +163,7 @@ def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
     for target in targets:
         capability = int(target.removeprefix("sm_"))
         for key in _table(capability)[share::shares]:
-            operator, rest = key.split("/", 1)
-            found[f"triton/{operator}/{rest}/{target}".replace(" ", "-")] = measure(recorded(key), capability)
+            found[f"{key}/{target}".replace(" ", "-")] = measure(recorded(key), capability)
     return found
 
 
@@ -206,9 +186,10 @@ def _collected(targets: tuple[str, ...], shares: int) -> dict[str, dict]:
     return {key: row for answer in answers for key, row in json.loads(answer).items()}
 
 
-def collect(targets: tuple[str, ...] = TARGETS, shares: int = 2) -> dict[str, dict]:
-    """``triton/<operator>/<entry of the table>/<target>`` → what :func:`measure` returns."""
-    return dict(sorted(_collected(tuple(targets), shares).items()))
+def collect(operator: str, targets: tuple[str, ...] = TARGETS, shares: int = 2) -> dict[str, dict]:
+    """``<entry of the table>/<target>`` → what :func:`measure` returns."""
+    found = _collected(tuple(targets), shares)
+    return {key.removeprefix(f"{operator}/"): found[key] for key in sorted(found) if key.startswith(f"{operator}/")}
 
 
 def main(arguments: list[str]) -> None:
@@ -216,8 +197,9 @@ def main(arguments: list[str]) -> None:
         share, shares = map(int, arguments[1].split("/"))
         print(json.dumps(measure_all(arguments[2:], share, shares)))
         return
-    for key, row in collect(tuple(arguments) or TARGETS).items():
-        print(f"{key:<60}", *(f"{name} {value}" for name, value in row.items()))
+    for operator in resources.operators("triton"):
+        for key, row in collect(operator, tuple(arguments) or TARGETS).items():
+            print(f"{operator + '/' + key:<60}", *(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

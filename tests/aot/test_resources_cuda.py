@@ -12,21 +12,25 @@ pytestmark = pytest.mark.proof("aot")
 ARCHITECTURES = pytest.mark.parametrize("arch", list(resources_cuda.ARCHITECTURES))
 
 
+@pytest.fixture(scope="module", params=resources.operators("cuda"))
+def operator(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def compiled() -> dict:
+def compiled(operator) -> dict:
     version = resources_cuda.nvcc_version()
     if version is None:
         pytest.skip("no nvcc here")
     if version != resources_cuda.PINNED:
-        pytest.skip(f"the table is for nvcc {resources_cuda.PINNED}, here is {version}")
-    return resources_cuda.collect()
+        pytest.skip(f"the tables are for nvcc {resources_cuda.PINNED}, here is {version}")
+    return resources_cuda.collect(operator)
 
 
-def test_as_committed(compiled):
-    lines = resources.differences(resources.committed("cuda"), compiled)
-    assert not lines, "\n".join(
-        ["not what tests/aot/resources.json says (`python tests/aot/resources.py --write cuda` writes it):", *lines]
-    )
+def test_as_committed(compiled, operator):
+    lines = resources.differences(resources.committed(f"cuda/{operator}"), compiled)
+    told = f"not what is committed (`python tests/aot/resources.py --write cuda/{operator}` writes it):"
+    assert not lines, "\n".join([told, *lines])
 
 
 @ARCHITECTURES
@@ -39,14 +43,23 @@ def test_nothing_spills(compiled, arch):
 
 
 @ARCHITECTURES
-def test_wide_accesses_where_memory_allows(compiled, arch):
-    """Each kernel for aligned tensors moves 16 bytes at a time: packed rows, columns of packs, dense KeLü."""
-    wide = re.compile(r"kelu_dense|layer_norm_(teams|block)_\w+<.*yes>|layer_norm_columns_\w+<(fp32, 4|\w+, 8),")
-    names = [name for name in compiled["kernels"] if wide.match(name)]
-    assert len(names) == 3 * (2 + 2 * 4 + 2 + 2 * 2)
+def test_wide_accesses_where_memory_allows(compiled, operator, arch):
+    """Each kernel for aligned tensors moves 16 bytes at a time."""
+    module = resources.module(f"cuda/{operator}")
+    names = [name for name in compiled["kernels"] if module.WIDE.match(name)]
+    assert len(names) == module.WIDE_COUNT > 0
     for name in names:
         numbers = compiled["kernels"][name][arch]
         assert numbers["loads_128"] > 0 and numbers["stores_128"] > 0, name
+
+
+@ARCHITECTURES
+def test_tensor_cores_where_claimed_and_only_there(compiled, operator, arch):
+    module = resources.module(f"cuda/{operator}")
+    claimed, count = getattr(module, "TENSOR_CORES", None), getattr(module, "TENSOR_CORES_COUNT", 0)
+    names = [name for name in compiled["kernels"] if claimed and claimed.match(name)]
+    assert len(names) == count
+    assert [name for name, numbers in compiled["kernels"].items() if numbers[arch]["mma"]] == names
 
 
 @ARCHITECTURES

@@ -21,35 +21,40 @@ from pinned import NotAvailable, environment  # noqa: E402
 
 pytestmark = pytest.mark.proof("aot")
 TABLE = json.loads((HERE.parents[1] / "sdp_kernels/triton/configurations.json").read_text())
-NARROW = ("kelu/forward/line", "kelu/forward/narrow", "kelu/forward/square", "kelu/backward/line")
-NARROW += ("kelu/backward/narrow", "kelu/backward/square", "add_partials", "/odd-")
-"""Kernels for strides that allow no wide loads."""
-TOO_FEW = ("rows/16/16bit", "backward/columns/16/16bit")
-"""Twelve channels of 16 bits are 24 bytes; a tile of 32 pixels on 128 threads gives each less than 16 bytes."""
+
+
+@pytest.fixture(scope="module", params=resources.operators("triton"))
+def operator(request) -> str:
+    pytest.importorskip("triton")
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def measured():
-    pytest.importorskip("triton")
+def measured(operator):
     try:
-        return resources_triton.collect()
+        return resources_triton.collect(operator)
     except NotAvailable as reason:
         pytest.skip(str(reason))
 
 
-def test_every_entry_of_the_table_is_compiled_for_every_target(measured):
+def test_every_entry_of_the_table_is_compiled_for_every_target(measured, operator):
     """Also those that only newer capabilities have, for these."""
     for target in resources_triton.TARGETS:
         capability = int(target.removeprefix("sm_"))
-        wanted = {key for listed, entries in TABLE.items() if int(listed) <= capability for key in entries}
-        assert {f"triton/{key.replace(' ', '-')}/{target}" for key in wanted} == {
-            key for key in measured if key.endswith("/" + target)
-        }
+        listed = {key for above, entries in TABLE.items() if int(above) <= capability for key in entries}
+        wanted = {key.removeprefix(f"{operator}/") for key in listed if key.startswith(f"{operator}/")}
+        compiled = {key for key in measured if key.endswith("/" + target)}
+        assert wanted and {f"{key.replace(' ', '-')}/{target}" for key in wanted} == compiled
 
 
-def test_as_committed(measured):
-    lines = resources.differences(resources.committed("triton"), measured)
-    told = "not what tests/aot/resources.json says (`python tests/aot/resources.py --write triton` writes it):"
+def test_every_operator_of_the_table_is_here():
+    listed = {key.partition("/")[0] for entries in TABLE.values() for key in entries}
+    assert listed == set(resources.operators("triton"))
+
+
+def test_as_committed(measured, operator):
+    lines = resources.differences(resources.committed(f"triton/{operator}"), measured)
+    told = f"not what is committed (`python tests/aot/resources.py --write triton/{operator}` writes it):"
     assert not lines, "\n".join([told, *lines])
 
 
@@ -64,11 +69,10 @@ def test_registers_and_occupancy(measured):
         assert 0.1 < row["occupancy"] <= 1, f"{key}: {row['occupancy']}"
 
 
-def test_wide_loads_where_strides_allow_them(measured):
+def test_wide_loads_where_strides_allow_them(measured, operator):
     wide = {key for key, row in measured.items() if row["ldg128"]}
-    unwanted = {key for key in measured if any(part in key for part in NARROW) or any(p in key for p in TOO_FEW)}
-    assert measured.keys() - wide - unwanted == set()
-    assert any("dense" in key for key in wide) and any("columns/1024" in key for key in wide)
+    narrow = {key for key in measured if any(part in key for part in resources.module(f"triton/{operator}").NARROW)}
+    assert wide and measured.keys() - wide - narrow == set()
 
 
 def test_occupancy_as_nvidias_calculator_gives_it():
@@ -84,49 +88,27 @@ def test_occupancy_as_nvidias_calculator_gives_it():
 
 
 VARIANTS = """
-import json, sys, torch
+import json, sys
 sys.path.insert(0, {here!r})
-import resources_triton as r
-from sdp_kernels.triton import layer_norm_2d as n, kelu as k
-def record(call):
-    n.launch = k.launch = recorder = r._Recorder()
-    call()
-    return recorder.launched
-found = {{}}
-def norm(name, x, registers=0, residual=False):
-    c = x.shape[1] if x.dim() == 4 else x.shape[2]
-    w = torch.empty(c)
-    s = torch.empty((x.shape[0], *x.shape[2:]) if x.dim() == 4 else x.shape[:2])
-    more = x if residual else None
-    launched = record(lambda: n.layer_norm_2d_fwd(x, more, w, w, 1e-6, registers))
-    launched += record(lambda: n.layer_norm_2d_bwd(x, more, x, w, s, s, registers))
-    found[name] = [r.measure(one, 90) for one in launched]
-norm("fp16", torch.empty(2, 768, 16, 16, dtype=torch.float16))
-norm("token buffer", torch.empty(2, 261, 768, dtype=torch.bfloat16), 5, True)
-norm("14 x 14", torch.empty(2, 384, 14, 14, dtype=torch.bfloat16))
-norm("7 x 7", torch.empty(2, 1024, 7, 7, dtype=torch.bfloat16), residual=True)
-norm("image rows of tokens", torch.empty(2, 17, 17, 96, dtype=torch.bfloat16)[:, :16, 1:].permute(0, 3, 1, 2))
-norm("far", torch.empty_strided((2, 64, 16, 16), (2**36, 2**30, 16, 1), dtype=torch.bfloat16, device="meta"))
-x = torch.empty(4096, dtype=torch.float16)
-found["kelu fp16"] = [r.measure(one, 90) for one in record(lambda: k.kelu_fwd(x)) + record(lambda: k.kelu_bwd(x, x))]
-print(json.dumps(found))
+import resources, resources_triton as r
+calls = resources.module("triton/{operator}").variants()
+print(json.dumps({{n: [r.measure(one, 90) for one in r.record({operator!r}, call)] for n, call in calls.items()}}))
 """
 
 
 @pytest.mark.parametrize("which", ["installed", "pinned"])
-def test_variants_compile_without_spilling(which, tmp_path):
+def test_variants_compile_without_spilling(which, operator):
     """What the table's entries are specialised to besides: registers, rows apart, huge strides, odd sizes, fp16."""
-    pytest.importorskip("triton")
     try:
         variables = environment(pinned=which == "pinned")
     except NotAvailable as reason:
         pytest.skip(str(reason))
-    command = [sys.executable, "-c", VARIANTS.format(here=str(HERE))]
+    command = [sys.executable, "-c", VARIANTS.format(here=str(HERE), operator=operator)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert len(found) == 7
+    found, module = json.loads(done.stdout), resources.module(f"triton/{operator}")
+    assert found and all(found.values())
     if which == "pinned":
         spilled = {name: [row["spill_bytes"] for row in rows] for name, rows in found.items()}
-        assert not any(any(rows) for name, rows in spilled.items() if name != "far"), spilled
-        assert all(row["ldg128"] for name in ("fp16", "token buffer", "kelu fp16") for row in found[name][:1])
+        assert not any(any(rows) for name, rows in spilled.items() if name not in module.SPILLING_VARIANTS), spilled
+        assert all(found[name][0]["ldg128"] for name in module.WIDE_VARIANTS)

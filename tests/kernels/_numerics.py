@@ -26,6 +26,11 @@ def unit_of_sums(dtype: torch.dtype) -> float:
     return torch.finfo(_accumulates_in(dtype)).eps
 
 
+def floor_of(dtype: torch.dtype, rows: int = 1) -> float:
+    """Error in relation to the values that a sum of that length may have however PyTorch does."""
+    return 2 * torch.finfo(dtype).eps + math.sqrt(rows) * unit_of_sums(dtype)
+
+
 def assert_as_exact(
     name: str, got: Tensor, exact: Tensor, peer: Tensor, *, k: float = 2.0, rows: int = 1, slack: float = 0.0
 ) -> None:
@@ -41,7 +46,7 @@ def assert_as_exact(
     count = exact.numel()
     if count == 0:
         return
-    floor = 2 * torch.finfo(dtype).eps + math.sqrt(rows) * unit_of_sums(dtype)
+    floor = floor_of(dtype, rows)
     size, norm, total = exact.abs().max().item(), exact.norm().item(), exact.abs().sum().item()
 
     def check(what: str, error: float, peers: float, floor: float) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cases import Function
+
 KELU_HALF_WIDTH = 3.5
 
 
@@ -52,3 +54,46 @@ def layer_norm_tokens(x: Tensor, weight: Tensor, bias: Tensor, eps: float, regis
     if not registers:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     return F.pad(F.layer_norm(x[:, registers:], weight.shape, weight, bias, eps), (0, 0, registers, 0))
+
+
+ACTIVATIONS = {"kelu": kelu_where, "gelu": F.gelu}
+ORIGINAL_ACTIVATIONS = {"kelu": kelu_masks, "gelu": F.gelu}
+
+
+def conv_mlp(x: Tensor, weights: tuple[Tensor, ...], activation: Function, eps: float) -> Tensor:
+    """SdP-Net's ConvMLP on a picture, channels last throughout: F.layer_norm, F.conv2d, F.linear, without a copy.
+
+    ``weights``: norm1 (weight, bias), depthwise (C, 1, k, k), pointwise (C, C), norm2 (weight, bias), expand, project.
+    """
+    gain1, shift1, depthwise, pointwise, gain2, shift2, expand, project = weights
+    x = x.permute(0, 2, 3, 1)
+    h = F.layer_norm(x, gain1.shape, gain1, shift1, eps).permute(0, 3, 1, 2)
+    h = F.conv2d(h, depthwise, padding=depthwise.shape[-1] // 2, groups=depthwise.shape[0]).permute(0, 2, 3, 1)
+    x = x + activation(F.linear(h, pointwise))
+    h = F.layer_norm(x, gain2.shape, gain2, shift2, eps)
+    return (x + F.linear(activation(F.linear(h, expand)), project)).permute(0, 3, 1, 2)
+
+
+def conv_mlp_original(x: Tensor, weights: tuple[Tensor, ...], activation: Function, eps: float) -> Tensor:
+    """The same as the original has it: moments for the norms, 1×1 convolutions, x in the layout that it comes in."""
+    gain1, shift1, depthwise, pointwise, gain2, shift2, expand, project = weights
+
+    def one_by_one(h: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(h, weight[:, :, None, None])
+
+    h = layer_norm_moments(x, gain1, shift1, eps)
+    h = F.conv2d(h, depthwise, padding=depthwise.shape[-1] // 2, groups=depthwise.shape[0])
+    x = x + activation(one_by_one(h, pointwise))
+    h = layer_norm_moments(x, gain2, shift2, eps)
+    return x + one_by_one(activation(one_by_one(h, expand)), project)
+
+
+def on_tokens(block: Function, grid: tuple[int, int], registers: int) -> Function:
+    """A block of pictures on a token buffer (B, T, C) whose registers pass by: sliced off and put back."""
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        picture = x[:, registers:].unflatten(1, grid).permute(0, 3, 1, 2)
+        y = block(picture, *parameters).permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([x[:, :registers], y], dim=1) if registers else y
+
+    return run

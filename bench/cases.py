@@ -21,7 +21,10 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. ``backward`` is the gradient alone, ``both`` forward and gradient in one go."""
+    """One comparison. ``backward`` is the gradient alone, ``both`` forward and gradient in one go.
+
+    ``variant``: what else the operator wants to know, e.g. its activation or kernel size, as its file defines it.
+    """
 
     operator: str
     shape: tuple[int, ...]
@@ -30,6 +33,7 @@ class Case:
     which: str = "both"
     device: str = "cpu"
     registers: int = 0
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if self.which not in PASSES:
@@ -46,7 +50,8 @@ class Case:
         """Unique among cases, readable, and fit for pytest's -k."""
         registers = f"-registers{self.registers}" if self.registers else ""
         size = "x".join(map(str, self.shape))
-        return f"{self.operator}-{size}-{self.dtype_name}-{self.layout}{registers}-{self.device}-{self.which}"
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.operator}{variant}-{size}-{self.dtype_name}-{self.layout}{registers}-{self.device}-{self.which}"
 
     @property
     def problem(self) -> Case:
@@ -61,9 +66,14 @@ class Case:
     def elements(self) -> int:
         return torch.Size(self.shape).numel()
 
-    def random(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """A normal tensor of the case's shape, dtype and memory layout, on its device."""
-        made = torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(scale).to(self.dtype)
+    @property
+    def bytes(self) -> int:
+        """Of a tensor of the case's shape and dtype."""
+        return self.elements * torch.finfo(self.dtype).bits // 8
+
+    def random(self, generator: torch.Generator, scale: float = 1.0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A normal tensor of the case's shape (or another), dtype and memory layout, on its device."""
+        made = torch.randn(shape or self.shape, generator=generator, dtype=torch.float32).mul_(scale).to(self.dtype)
         if self.layout == "channels_last":
             made = made.contiguous(memory_format=torch.channels_last)
         return made.to(self.device)
@@ -95,9 +105,13 @@ class Contender:
 class Operator:
     """Everything that the harness needs to know about an operator.
 
-    ``oracle(x, *parameters, case)`` in fp64 is the truth, differentiated by autograd. ``eager`` names the contender
+    ``oracle(x, *parameters, case=case)`` in fp64 is the truth, differentiated by autograd. ``eager`` is the contender
     whose error sets the tolerance. ``parameters(case, generator)`` makes the learnable tensors; ``traffic(case)``
-    counts the bytes that the case's pass cannot avoid moving.
+    counts the bytes that the case's pass cannot avoid moving; ``output(case)`` is the shape of y.
+
+    ``gemms`` names the contender that is the operator's matrix products and nothing else; its time is part of the
+    floor, and hides the ``hidden(case)`` bytes of the traffic that matrix products move while they compute.
+    ``needs``: the operators of sdp_kernels that have to be fused kernels for "ours" to mean something; default: name.
     """
 
     name: str
@@ -106,11 +120,24 @@ class Operator:
     contenders: tuple[Contender, ...]
     traffic: Callable[[Case], int]
     parameters: Callable[[Case, torch.Generator], list[Tensor]] = field(default=lambda case, generator: [])
+    output: Callable[[Case], tuple[int, ...]] = field(default=lambda case: case.shape)
+    gemms: str | None = None
+    hidden: Callable[[Case], int] = field(default=lambda case: 0)
+    needs: tuple[str, ...] = ()
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Operators of sdp_kernels that "ours" runs."""
+        return self.needs or (self.name,)
+
+    def contender(self, name: str) -> Contender:
+        """The contender of that name."""
+        return next(c for c in self.contenders if c.name == name)
 
 
-def with_passes(*problems: Case) -> list[Case]:
+def with_passes(*problems: Case, passes: tuple[str, ...] = PASSES) -> list[Case]:
     """Each problem in its three passes, side by side, so that what was compiled for one serves the others."""
-    return [replace(problem, which=which) for problem in problems for which in PASSES]
+    return [replace(problem, which=which) for problem in problems for which in passes]
 
 
 def compiled(function: Callable[[Case], Function]) -> Callable[[Case], Function]:

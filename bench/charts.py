@@ -51,5 +51,7 @@ def _draw(operator: str, rows: list[dict], path: Path) -> None:
             axes.set_xlim(0, 1.15 * min(max(values), LONGEST))
             axes.set_title(case_name(members[0]).removeprefix(operator).strip())
             axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"{operator}: time ÷ floor of measured copy bandwidth (shorter is better)")
+        figure.suptitle(
+            f"{operator}: time ÷ floor, from what was measured of memory and matrix products (shorter is better)"
+        )
         figure.savefig(path, dpi=110)

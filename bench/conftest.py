@@ -94,9 +94,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     reasons = dict.fromkeys(
-        missing_backend(contest[0].name, contest[1].device, contest[1].dtype)
+        missing_backend(kernel, contest[1].device, contest[1].dtype)
         for contest in map(_contest_of, session.items)
         if contest
+        for kernel in contest[0].kernels
     )
     if told := [reason for reason in reasons if reason]:
         raise pytest.UsageError("the fused operators cannot be measured:\n" + "\n".join(told))

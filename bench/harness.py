@@ -18,6 +18,7 @@ from .measure import (
     CudaClock,
     Inputs,
     Measured,
+    floor,
     interleave,
     outputs,
     relative_errors,
@@ -80,6 +81,8 @@ class Harness:
         """Time all contenders that are right, interleaved."""
         if case in self._measured:
             return self._measured[case]
+        if operator.gemms and operator.gemms not in {contender.name for contender in contenders}:
+            contenders = [*contenders, operator.contender(operator.gemms)]  # the floor needs its time
         ready = [self.check(operator, contender, case) for contender in contenders]
         running = [c for c in ready if c.function is not None and self.wrong(operator, c, case) is None]
         inputs = self._inputs
@@ -101,8 +104,9 @@ class Harness:
     def record(self, operator: Operator, contenders: list[Contender], contender: Contender, case: Case) -> dict:
         """What the result file says of a contender in a case, besides its times."""
         measured, checked = self.measure(operator, contenders, case), self._checked[contender.name]
-        traffic = operator.traffic(case)
-        floor = measured.floor(traffic)
+        work = {"traffic": operator.traffic(case), "hidden": operator.hidden(case)}
+        work["gemms"] = measured.median(operator.gemms) if operator.gemms else 0.0
+        least = floor(measured.bandwidth, **work)
         errors = relevant(checked.errors or {}, case.which)
         row = {
             "operator": operator.name,
@@ -110,6 +114,7 @@ class Harness:
             "dtype": case.dtype_name,
             "layout": case.layout,
             "registers": case.registers,
+            "variant": case.variant,
             "pass": case.which,
             "device": case.device,
             "threads": torch.get_num_threads(),
@@ -118,10 +123,12 @@ class Harness:
             "median": measured.median(contender.name),
             "error": max(errors.values()),
             "errors": errors,
-            "bytes": traffic,
-            "floor": floor,
-            "time_over_floor": measured.median(contender.name) / floor,
-            "copy_bytes_per_second": traffic / floor,
+            "bytes": work["traffic"],
+            "hidden_bytes": work["hidden"],
+            "gemm_seconds": work["gemms"],
+            "floor": least,
+            "time_over_floor": measured.median(contender.name) / least,
+            "copy_bytes_per_second": measured.bandwidth,
             "input_sets": self._inputs.count if self._inputs else None,
         }
         if contender.kind == "ours":
@@ -137,7 +144,7 @@ class Harness:
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         self._problem, self._checked, self._truths = problem, {}, {}
         self._inputs = Inputs(operator, problem)
-        eager = next(c for c in operator.contenders if c.name == operator.eager)
+        eager = operator.contender(operator.eager)
         self._checked[eager.name] = self._build(operator, eager, problem)
         self._eager = self._checked[eager.name].errors or {}
         if not self._eager:
@@ -165,6 +172,6 @@ class Harness:
             inputs = self._inputs
             x = inputs.x[0].detach().double().requires_grad_()
             parameters = [p.detach().double().requires_grad_() for p in inputs.parameters]
-            truth = outputs(lambda x, *p: oracle(x, *p, case), x, parameters, inputs.dy[0].double())
+            truth = outputs(lambda x, *p: oracle(x, *p, case=case), x, parameters, inputs.dy[0].double())
             self._truths[id(oracle)] = truth
         return self._truths[id(oracle)]

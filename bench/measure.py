@@ -35,10 +35,9 @@ class Inputs:
     def __init__(self, operator: Operator, case: Case, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         cache = torch.cuda.get_device_properties(0).L2_cache_size if case.device == "cuda" else last_level_cache()[0]
-        one = case.elements * torch.finfo(case.dtype).bits // 8
-        self.count = max(4, math.ceil(2 * cache / one) + 1)
+        self.count = max(4, math.ceil(2 * cache / case.bytes) + 1)
         self.x = [case.random(generator, 2.0).requires_grad_() for _ in range(self.count)]
-        self.dy = [case.random(generator) for _ in range(self.count)]
+        self.dy = [case.random(generator, shape=operator.output(case)) for _ in range(self.count)]
         self.parameters = operator.parameters(case, generator)
 
 
@@ -89,8 +88,8 @@ def timed_call(function: Function, case: Case, inputs: Inputs, index: int) -> Ca
         return lambda: function(x, *parameters)
     if case.which == "backward":
         y = function(x, *parameters)
-        return lambda: torch.autograd.grad(y, (x, *parameters), dy)
-    return lambda: torch.autograd.grad(function(x, *parameters), (x, *parameters), dy)
+        return lambda: torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
+    return lambda: torch.autograd.grad(function(x, *parameters), (x, *parameters), dy, allow_unused=True)
 
 
 def interleave(
@@ -131,17 +130,19 @@ def interleave(
 
 
 def outputs(function: Function, x: Tensor, parameters: Iterable[Tensor], dy: Tensor) -> dict[str, Tensor]:
-    """y, dx and the parameters' gradients by name."""
+    """y, dx and the parameters' gradients by name; without those of parameters that the function doesn't use."""
     parameters = list(parameters)
     y = function(x, *parameters)
-    gradients = torch.autograd.grad(y, (x, *parameters), dy)
+    gradients = torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
     names = ("dx", *(f"dparameter{i}" for i in range(len(parameters))))
-    return {"y": y.detach(), **dict(zip(names, gradients))}
+    return {"y": y.detach(), **{name: g for name, g in zip(names, gradients) if g is not None}}
 
 
 def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """Per tensor: largest difference from the fp64 truth, over the truth's largest value. NaN if anything is."""
     errors = {}
+    if got.keys() != truth.keys():
+        raise ValueError(f"has gradients {', '.join(got)}, wanted are {', '.join(truth)}")
     for name, right in truth.items():
         if got[name].shape != right.shape:
             raise ValueError(f"{name} has shape {tuple(got[name].shape)}, wanted is {tuple(right.shape)}")
@@ -199,7 +200,12 @@ class Measured:
             return None
         return abs(self.median(ours) / self.median(ours + AGAIN) - 1)
 
-    def floor(self, traffic: int) -> float:
-        """Seconds for ``traffic`` bytes at the rate of the copy."""
-        one = self.case.elements * torch.finfo(self.case.dtype).bits // 8
-        return traffic / (2 * one) * self.median(COPY)
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of the copy, which reads and writes a tensor."""
+        return 2 * self.case.bytes / self.median(COPY)
+
+
+def floor(bandwidth: float, traffic: int, hidden: int = 0, gemms: float = 0.0) -> float:
+    """Seconds for ``traffic`` bytes, ``hidden`` of which move while matrix products compute for ``gemms`` seconds."""
+    return (traffic - hidden) / bandwidth + max(gemms, hidden / bandwidth)

@@ -53,7 +53,8 @@ def case_name(row: dict) -> str:
     layout = row["layout"] + (f", {row['registers']} registers" if row["registers"] else "")
     shape = "×".join(map(str, row["shape"]))
     device = "" if row["device"] == "cpu" else f" {row['device']}"
-    return f"{row['operator']} {shape} {row['dtype']} {layout} {row['pass']}{device}"
+    variant = f" {row['variant']}" if row.get("variant") else ""
+    return f"{row['operator']}{variant} {shape} {row['dtype']} {layout} {row['pass']}{device}"
 
 
 def _ours(rows: Iterable[dict]) -> dict | None:

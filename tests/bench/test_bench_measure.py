@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
 import socket
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import sdp_kernels
-from bench import baselines, environment, measure
+from bench import baselines, environment, measure, peers, report
 from bench.cases import Case, Contender, Operator, UnusableError, with_passes
 from bench.conftest import Replay
 from bench.harness import Harness, missing_backend
@@ -146,7 +148,10 @@ def test_measured_gives_paired_ratio_noise_and_floor() -> None:
     measured = measure.Measured(SMALL, durations)
     assert measured.paired_ratio("torch", "ours") == 2.0  # of the medians it would be 3
     assert measured.noise("ours") == pytest.approx(0.2) and measured.noise("torch") is None
-    assert measured.floor(5 * 4 * SMALL.elements) == pytest.approx(10.0)  # 5 tensors, where a copy moves 2 in 4 s
+    five = 5 * 4 * SMALL.elements  # where a copy moves 2 in 4 s
+    assert measure.floor(measured.bandwidth, five) == pytest.approx(10.0)
+    assert measure.floor(measured.bandwidth, five, 4 * 4 * SMALL.elements, 3.0) == pytest.approx(10.0)
+    assert measure.floor(measured.bandwidth, five, 4 * 4 * SMALL.elements, 9.0) == pytest.approx(11.0)
 
 
 def test_harness_times_who_is_right_and_tells_why_the_others_are_not(small_cache) -> None:
@@ -221,6 +226,114 @@ def test_environment_names_neither_host_nor_folders() -> None:
     assert socket.gethostname() not in described
     assert str(Path.home()) not in described and str(Path(environment.__file__).parent) not in described
     assert environment.last_level_cache()[0] >= 2**18
+
+
+def test_the_floor_is_the_time_of_the_gemms_and_of_the_bytes_beside_them(small_cache) -> None:
+    def twice(case):
+        return lambda x: 2 * x
+
+    gemms = Contender("its GEMMs alone", "yardstick", twice, oracle=lambda x, case: 2 * x)
+    op = dataclasses.replace(
+        operator(gemms),
+        gemms="its GEMMs alone",
+        traffic=lambda case: 6 * case.bytes,
+        hidden=lambda case: 4 * case.bytes,
+    )
+    harness = Harness(seconds=0.0)
+    measured = harness.measure(op, [op.contender("ours"), op.contender("torch")], SMALL)
+    assert "its GEMMs alone" in measured.durations, "measured also where it was not asked for"
+    for name, seconds in (("copy", 2.0), ("its GEMMs alone", 5.0), ("ours", 14.0)):
+        measured.durations[name] = [seconds] * 8
+    row = harness.record(op, [op.contender("ours"), op.contender("torch")], op.contender("ours"), SMALL)
+    assert (row["floor"], row["time_over_floor"], row["gemm_seconds"]) == pytest.approx((7.0, 2.0, 5.0))
+    assert row["bytes"] == 6 * SMALL.bytes and row["copy_bytes_per_second"] == pytest.approx(SMALL.bytes)
+
+
+def test_a_missing_gradient_is_an_error_and_an_unused_parameter_is_none() -> None:
+    x, unused = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    got = measure.outputs(lambda x, unused: x * x, x, [unused], torch.ones(2))
+    assert list(got) == ["y", "dx"]
+    with pytest.raises(ValueError, match="has gradients y, wanted are y, dx"):
+        measure.relative_errors({"y": got["y"]}, got)
+
+
+def test_dy_has_the_shape_of_y(small_cache) -> None:
+    op = dataclasses.replace(operator(), output=lambda case: (*case.shape, 3))
+    assert measure.Inputs(op, SMALL).dy[0].shape == (*SMALL.shape, 3)
+
+
+FILES = sorted(path.stem for path in Path(baselines.__file__).parent.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_benchmark_is_complete(name) -> None:
+    module = importlib.import_module(f"bench.{name}")
+    known = module.OPERATOR
+    assert name == f"test_{known.name}" and [c.kind for c in known.contenders].count("ours") == 1
+    assert known.contender("ours").default and known.contender(known.eager).kind == "peer"
+    assert known.gemms is None or known.contender(known.gemms).kind == "yardstick"
+    for device in ("cpu", "cuda"):
+        every = module.CASES["all"][device]
+        assert len({case.name for case in every}) == len(every) and set(module.CASES["short"][device]) <= set(every)
+        for case in every:
+            assert (case.operator, case.device) == (known.name, device)
+            assert 0 <= known.hidden(case) <= known.traffic(case)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_everybody_computes_what_the_benchmark_says_and_the_report_shows_it(name, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "last_level_cache", lambda: (256, "made up"))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    module = importlib.import_module(f"bench.{name}")
+    known, rows = module.OPERATOR, []
+    small = {"tokens": (2, 17, 8), "contiguous": (2, 8, 4, 4), "channels_last": (2, 8, 4, 4)}
+    problems = {(case.layout, case.variant): case for case in module.CASES["all"]["cpu"]}
+    harness = Harness(seconds=0.0)
+    for case in problems.values():
+        shape = small[case.layout]
+        problem = dataclasses.replace(
+            case, shape=shape, dtype=torch.float32, registers=min(1, case.registers), which="both"
+        )
+        entering = [c for c in known.contenders if problem.layout in c.layouts and c.name not in peers.DEVICES]
+        for contender in entering:
+            checked = harness.check(known, contender, problem)
+            assert checked.reason is None and harness.wrong(known, checked, problem) is None, (contender.name, problem)
+            rows.append(harness.record(known, entering, contender, problem))
+    made = {"benchmarks": [{"group": r["operator"], "name": r["contender"], "extra_info": r} for r in rows]}
+    text = report.markdown(made)
+    assert all(report.case_name(row) in text and f"| {row['contender']} |" in text for row in rows)
+
+
+@pytest.mark.parametrize("activation", baselines.ACTIVATIONS)
+def test_conv_mlp_baselines_agree_with_the_operators_reference(activation) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = (
+        normal(5),
+        normal(5),
+        normal(5, 1, 3, 3),
+        normal(5, 5),
+        normal(5),
+        normal(5),
+        normal(20, 5),
+        normal(5, 20),
+    )
+    gain1, shift1, depthwise, pointwise, gain2, shift2, expand, project = weights
+    named = sdp_kernels.ConvMLPWeights(
+        gain1, shift1, depthwise, None, pointwise, None, None, gain2, shift2, expand, None, project, None, None
+    )
+    x = normal(2, 14, 5)
+    wanted = sdp_kernels.conv_mlp(
+        x, named, grid=(3, 4), registers=2, activation=activation, eps=1e-5, backend="reference"
+    )
+    for form in (baselines.conv_mlp, baselines.conv_mlp_original):
+        function = baselines.on_tokens(
+            lambda x, form=form: form(x, weights, baselines.ACTIVATIONS[activation], 1e-5), (3, 4), 2
+        )
+        torch.testing.assert_close(function(x), wanted)
 
 
 @pytest.mark.parametrize("function", [baselines.kelu_where, baselines.kelu_masks])

@@ -325,8 +325,8 @@ def test_every_goal_of_an_operator_that_is_benchmarked_is_measured():
     benchmarked = speed.operators()
     for goal in goals.GOALS:
         if goal.operator in benchmarked:
-            cases = {(c.shape, c.layout, c.dtype_name) for c in benchmarked[goal.operator][1]}
-            assert (goal.shape, goal.layout, goal.dtype) in cases, goal.name
+            cases = {(c.shape, c.layout, c.dtype_name, c.variant) for c in benchmarked[goal.operator][1]}
+            assert (goal.shape, goal.layout, goal.dtype, goal.variant) in cases, goal.name
 
 
 def speed_of_kelu(setting=REHEARSAL):

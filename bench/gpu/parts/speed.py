@@ -22,6 +22,7 @@ from bench.gpu import goals, machine
 from bench.gpu.part import Failure, Item, Setting
 from bench.gpu.subjects import GPU_BACKENDS
 from bench.harness import Harness
+from bench.measure import floor
 from sdp_kernels.backends import every_reason
 
 ORDER = 40
@@ -46,10 +47,10 @@ TINY = {"tokens": (2, 5, 8), "contiguous": (2, 8, 4, 4), "channels_last": (2, 8,
 class OnDevice(Case):
     """A case whose tensors are made on its device: drawing hundreds of millions of numbers on a CPU takes minutes."""
 
-    def random(self, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    def random(self, generator: torch.Generator, scale: float = 1.0, shape: tuple[int, ...] | None = None) -> Tensor:
         seed = int(torch.randint(2**31, (1,), generator=generator))
         there = torch.Generator(self.device).manual_seed(seed)
-        made = (torch.randn(self.shape, generator=there, device=self.device) * scale).to(self.dtype)
+        made = (torch.randn(shape or self.shape, generator=there, device=self.device) * scale).to(self.dtype)
         return made.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else made
 
 
@@ -67,12 +68,12 @@ def operators() -> dict[str, tuple[Operator, list[Case]]]:
 def cases(setting: Setting) -> list[Item]:
     """One item per problem: its three passes share what is compiled and checked. bf16 first, that is what trains."""
     found = []
-    for name, (_, problems) in operators().items():
+    for name, (known, problems) in operators().items():
         if setting.rehearsal:
             problems = [_tiny(problems[-1])]
         for case in problems:
-            if ours(setting, name, case.dtype):
-                arguments = {k: getattr(case, k) for k in ("shape", "layout", "registers")}
+            if ours(setting, known, case.dtype):
+                arguments = {k: getattr(case, k) for k in ("shape", "layout", "registers", "variant")}
                 arguments |= {"operator": name, "dtype": case.dtype_name}
                 found.append(Item(case.name.removesuffix("-both"), arguments, 240, setting.variant))
     return sorted(found, key=lambda item: item.arguments["dtype"] != "bfloat16")
@@ -82,11 +83,11 @@ def _tiny(case: Case) -> Case:
     return replace(case, shape=TINY[case.layout], registers=min(case.registers, 1), device="cpu")
 
 
-def ours(setting: Setting, operator: str, dtype: torch.dtype) -> list[str]:
-    """Backends to be timed, in the order of automatic choice."""
+def ours(setting: Setting, operator: Operator, dtype: torch.dtype) -> list[str]:
+    """Backends to be timed, in the order of automatic choice: those that have all kernels that ours runs."""
     wanted = GPU_BACKENDS if not setting.rehearsal else ("triton",) if setting.variant == "interpreter" else ("cpu",)
-    reasons = every_reason(operator, setting.device, dtype)
-    return [name for name in wanted if not reasons[name]]
+    reasons = [every_reason(kernel, setting.device, dtype) for kernel in operator.kernels]
+    return [name for name in wanted if not any(told[name] for told in reasons)]
 
 
 def contenders(setting: Setting, operator: Operator, case: Case) -> list[Contender]:
@@ -97,12 +98,12 @@ def contenders(setting: Setting, operator: Operator, case: Case) -> list[Contend
         if case.layout not in contender.layouts or (contender.name in peers.DEVICES and contender.name not in present):
             continue
         if contender.kind != "ours":
-            if setting.variant == "plain" or contender.name == operator.eager:
+            if setting.variant == "plain" or contender.name in (operator.eager, operator.gemms):
                 found.append(contender)
             continue
         found += [
             replace(contender, name=f"ours ({backend})", build=_on(backend, contender))
-            for backend in ours(setting, operator.name, case.dtype)
+            for backend in ours(setting, operator, case.dtype)
         ]
     return found
 
@@ -120,10 +121,13 @@ def _on(backend: str, contender: Contender):
     return build
 
 
-def run(setting: Setting, operator: str, shape: list[int], dtype: str, layout: str, registers: int) -> dict:
+def run(
+    setting: Setting, operator: str, shape: list[int], dtype: str, layout: str, registers: int, variant: str = ""
+) -> dict:
     """All passes and contenders of one problem. Failure where ours is wrong or crashes: then it has no time."""
     known = operators()[operator][0]
-    problem = OnDevice(operator, tuple(shape), getattr(torch, dtype), layout, "both", setting.device, registers)
+    number = getattr(torch, dtype)
+    problem = OnDevice(operator, tuple(shape), number, layout, "both", setting.device, registers, variant)
     rivals = contenders(setting, known, problem)
     rows, left_out = [], []
     with machine.stand_ins(setting):
@@ -161,8 +165,8 @@ def _with_floor(row: dict, setting: Setting) -> dict:
         row["backend"] = row["contender"].removeprefix("ours (").removesuffix(")")
     bandwidth = setting.facts.get("environment", {}).get("copy_bytes_per_second")
     if bandwidth:
-        floor = row["bytes"] / bandwidth
-        row |= {"floor": floor, "time_over_floor": row["median"] / floor, "copy_bytes_per_second": bandwidth}
+        least = floor(bandwidth, row["bytes"], row["hidden_bytes"], row["gemm_seconds"])
+        row |= {"floor": least, "time_over_floor": row["median"] / least, "copy_bytes_per_second": bandwidth}
         row["floor_from"] = "the environment part's copy"
     return row
 

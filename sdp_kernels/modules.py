@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from .ops._checks import check_eps, check_layer, check_rate
 from .ops.activation import check_activation
 from .ops.conv_mlp import ConvMLPWeights, conv_mlp
 from .ops.depthwise_conv2d import KERNEL_SIZES, depthwise_conv2d
 from .ops.kelu import kelu
 from .ops.layer_norm_2d import layer_norm_2d
-from .ops.register_attention import register_attention
+from .ops.register_attention import ATTEND, register_attention
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -147,6 +148,11 @@ class RegisterAttention(nn.Module):
     :func:`sdp_kernels.register_attention`. The projections around it are the model's.
 
     Parameters, if ``qk_norm``: q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, each (d,).
+
+    Args:
+        head_dim: d, a multiple of 8 up to 128. qk_norm: normalise q and k per head. eps: of these norms.
+        attend: which tokens a query may read, one of ``ATTEND``. dropout: rate on the attention weights in training.
+        layer: number of this module for its dropout masks; give each module of a model its own.
     """
 
     def __init__(
@@ -161,6 +167,13 @@ class RegisterAttention(nn.Module):
     ):
         super().__init__()
         _check_positive("head_dim", head_dim)
+        if head_dim % 8 or head_dim > 128:
+            raise ValueError(f"head_dim must be a multiple of 8 up to 128, got {head_dim}")
+        if attend not in ATTEND:
+            raise ValueError(f"attend must be one of {', '.join(ATTEND)}, got {attend!r}")
+        check_eps(eps)
+        check_rate("dropout", dropout)
+        check_layer(layer)
         for name in ("q_norm", "k_norm"):
             setattr(self, f"{name}_weight", nn.Parameter(torch.ones(head_dim)) if qk_norm else None)
             setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(head_dim)) if qk_norm else None)
@@ -180,3 +193,7 @@ class RegisterAttention(nn.Module):
             layer=self.layer,
             backend=self.backend,
         )
+
+    def extra_repr(self) -> str:
+        normed = self.q_norm_weight is not None
+        return f"qk_norm={normed}, eps={self.eps}, attend={self.attend!r}, dropout={self.dropout}"

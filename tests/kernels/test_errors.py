@@ -224,7 +224,13 @@ WRONG = {
         (ValueError, "activation", {"dim": 4, "activation": "gellu"}),
         *((ValueError, "mlp_ratio", {"dim": 4, "mlp_ratio": r}) for r in (0, -1.0, 0.01)),
     ],
-    sk.RegisterAttention: [(ValueError, "head_dim", {"head_dim": d}) for d in (0, -8, 8.0)],
+    sk.RegisterAttention: [
+        *((ValueError, "head_dim", {"head_dim": d}) for d in (0, -8, 8.0, 12, 136)),
+        (ValueError, "attend", {"head_dim": 8, "attend": "image"}),
+        (ValueError, "eps", {"head_dim": 8, "eps": 0.0}),
+        (ValueError, "dropout", {"head_dim": 8, "dropout": 1.0}),
+        (ValueError, "layer", {"head_dim": 8, "layer": -1}),
+    ],
 }
 CASES = [
     pytest.param(call, error, name, arguments, id=f"{call.__name__}-{name}-{i}")

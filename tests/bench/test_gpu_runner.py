@@ -235,7 +235,7 @@ def test_the_schema_check_lets_pass_what_is_right():
 
 def test_every_part_keeps_the_agreement():
     parts = all_parts()
-    assert list(parts) == ["environment", "correctness", "sanitizer", "speed", "configurations"]
+    assert list(parts) == ["environment", "correctness", "sanitizer", "speed", "throughput", "configurations"]
     for name, part in parts.items():
         assert part.TITLE and 0 < part.BUDGET < 480, name
         assert callable(part.cases) and callable(part.run) and part.RESULT, name

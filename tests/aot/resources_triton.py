@@ -90,7 +90,7 @@ def _signature(launched: Launched) -> tuple[dict, dict, dict]:
     import torch
 
     kernel, constants = launched.kernel, dict(launched.constants)
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.int64: "*i64"}
     signature, values, hints = {}, {}, {}
     given = dict(zip((n for n in kernel.arg_names if n not in constants), launched.arguments, strict=True))
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):

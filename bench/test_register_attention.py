@@ -145,6 +145,7 @@ MORE = {
         problem(256, XL, torch.float16, "cuda"),
     ],
 }
+SMALL = {"tokens": (2, 17, 3, 2, 8)}  # for the benchmark's own tests
 CASES = {
     "short": {
         "cpu": [

@@ -280,6 +280,14 @@ def test_every_benchmark_is_complete(name) -> None:
             assert 0 <= known.hidden(case) <= known.traffic(case)
 
 
+def runs_here(contender: Contender, problem: Case) -> bool:
+    try:
+        contender.build(problem)
+    except UnusableError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_everybody_computes_what_the_benchmark_says_and_the_report_shows_it(name, monkeypatch) -> None:
     monkeypatch.setattr(measure, "last_level_cache", lambda: (256, "made up"))
@@ -287,6 +295,7 @@ def test_everybody_computes_what_the_benchmark_says_and_the_report_shows_it(name
     module = importlib.import_module(f"bench.{name}")
     known, rows = module.OPERATOR, []
     small = {"tokens": (2, 17, 8), "contiguous": (2, 8, 4, 4), "channels_last": (2, 8, 4, 4)}
+    small |= getattr(module, "SMALL", {})
     problems = {(case.layout, case.variant): case for case in module.CASES["all"]["cpu"]}
     harness = Harness(seconds=0.0)
     for case in problems.values():
@@ -295,6 +304,7 @@ def test_everybody_computes_what_the_benchmark_says_and_the_report_shows_it(name
             case, shape=shape, dtype=torch.float32, registers=min(1, case.registers), which="both"
         )
         entering = [c for c in known.contenders if problem.layout in c.layouts and c.name not in peers.DEVICES]
+        entering = [c for c in entering if runs_here(c, problem)]
         for contender in entering:
             checked = harness.check(known, contender, problem)
             assert checked.reason is None and harness.wrong(known, checked, problem) is None, (contender.name, problem)

@@ -50,10 +50,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW (decoupled decay) as one fused kernel; its rate is set before every step."""
+    """AdamW (decoupled decay) as one fused kernel; its rate is set before every step. On a GPU it can be captured."""
     groups = parameter_groups(model, weight_decay)
-    fused = all(p.device.type != "meta" for group in groups for p in group["params"])  # torch has no fused one on meta
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = "meta" not in devices  # torch has no fused one there
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused, capturable=devices == {"cuda"})
 
 
 class FiniteGuard:

@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from .grid import EPILOGUES
 from .subjects import LAYOUTS, SUBJECTS, Problem, differentiate, normal
 
 CONTROL = "control"
@@ -21,6 +22,13 @@ CONTROL = "control"
 def problems(operator: str) -> list[Problem]:
     """Small, odd, in every layout and with every branch that a kernel takes; in bf16 and fp32."""
     kernel = {"kernel": 7} if operator == "depthwise_conv2d" else {}
+    if operator == "linear":
+        return [
+            Problem(operator, (2, 19, c), dtype, registers=3, epilogue=epilogue)
+            for dtype in ("float32", "bfloat16")
+            for c in (24, 33)
+            for epilogue in EPILOGUES
+        ]
     found = [
         Problem(operator, (2, c, 5, 7), dtype, layout, **kernel)
         for dtype in ("float32", "bfloat16")

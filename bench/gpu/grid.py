@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import cycle
 
+from sdp_kernels import ACTIVATIONS
+
 from .subjects import DTYPES, Problem
 
 FEW_CHANNELS = (1, 2, 3, 7, 8, 16, 17, 33, 64, 96, 250, 256, 384, 512, 768)
@@ -63,7 +65,26 @@ def _convolution(dtype: str) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-_GRIDS = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "depthwise_conv2d": _convolution}
+EPILOGUES = ("kelu", "gelu scale residual", "scale residual", "kelu scale residual masks", "masks")
+
+
+def _linear(dtype: str) -> list[Problem]:
+    def p(*shape: int, **more) -> Problem:
+        return Problem("linear", shape, dtype, **more)
+
+    found = [p(3, 21, 40, epilogue=name) for name in ACTIVATIONS]
+    found += [p(3, 21, c, registers=r, epilogue=e) for c in (40, 33) for r in (0, 5) for e in EPILOGUES]
+    found += [p(3, 21, 40, layout=layout, epilogue=EPILOGUES[1]) for layout in ("gaps", "slice", "swapped")]
+    found += [p(3, 21, c, grad=g, epilogue=e) for c in (40, 33) for g in GRADS for e in EPILOGUES[:2]]
+    found += [p(3, 8, 7, 7, epilogue=EPILOGUES[1]), p(5, 3, 1, 1, epilogue="gelu"), p(4, 96, epilogue="kelu scale")]
+    found += [p(8, 261, c, registers=5, epilogue=e) for c in (384, 768) for e in EPILOGUES]
+    found += [p(0, 9, 8, epilogue="gelu"), p(2, 0, 8, epilogue="gelu")]
+    if dtype != "float32":
+        found += [p(3, 21, 40, registers=5, wide_parameters=True, epilogue=e) for e in EPILOGUES[1:3]]
+    return list(dict.fromkeys(found))
+
+
+_GRIDS = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "depthwise_conv2d": _convolution, "linear": _linear}
 
 
 def problems(operator: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Problem]:
@@ -84,6 +105,10 @@ def tiny(operator: str) -> list[Problem]:
             Problem("layer_norm_2d", (0, 8, 2, 2)),
         ],
         "depthwise_conv2d": [Problem("depthwise_conv2d", (2, 5, 4, 4), kernel=3)],
+        "linear": [
+            Problem("linear", (2, 6, 8), "bfloat16", registers=2, epilogue="kelu scale residual masks"),
+            Problem("linear", (2, 3, 5), "float32", grad="swapped", epilogue="gelu"),
+        ],
     }
     return shapes[operator]
 
@@ -91,6 +116,9 @@ def tiny(operator: str) -> list[Problem]:
 def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
     """For determinism, torch.compile and graphs: a batch of several samples, in the layouts that training uses."""
     kernel = {"kernel": 7} if operator == "depthwise_conv2d" else {}
+    if operator == "linear":
+        shape, dtype = ((3, 6, 8), "float32") if rehearsal else ((8, 261, 384), "bfloat16")
+        return [Problem(operator, shape, dtype, registers=2, epilogue=e) for e in EPILOGUES[:2]]
     if rehearsal:
         return [Problem(operator, (3, 8, 4, 4), "float32", **kernel)]
     found = [Problem(operator, (5, 96, 7, 7), "float32", **kernel)]

@@ -5,27 +5,31 @@ from __future__ import annotations
 import torch
 
 from . import machine
-from .judge import judge, same_bits
+from .judge import judge
 from .part import Setting, Unavailable
-from .subjects import SUBJECTS, Problem, differentiate
+from .subjects import SUBJECTS, Problem, alike, differentiate
 
-TENSORS = 5
-"""x, y, dy, dx and what a comparison needs."""
+TENSORS = 7
+"""x, y, dy, dx, linear's z and dz, and what a comparison needs."""
 
 
 def problems(operator: str, setting: Setting) -> list[Problem]:
     """One per layout and operator, in bf16, just above the border; the last sample lies wholly beyond it."""
     sample = (8, 4, 4) if setting.rehearsal else (768, 16, 16)
+    if operator == "linear":
+        sample = (8, 16) if setting.rehearsal else (256, 768)
     batch = machine.LARGE[setting.rehearsal] // torch.Size(sample).numel() + 2
     kernel = 7 if operator == "depthwise_conv2d" else 0
-    layouts = ("contiguous",) if operator == "kelu" else ("contiguous", "channels_last")
-    return [Problem(operator, (batch, *sample), "bfloat16", layout, kernel=kernel) for layout in layouts]
+    layouts = ("contiguous",) if operator in ("kelu", "linear") else ("contiguous", "channels_last")
+    more = {"kernel": kernel, "epilogue": "kelu" if operator == "linear" else ""}
+    return [Problem(operator, (batch, *sample), "bfloat16", layout, **more) for layout in layouts]
 
 
 def far(operator: str, setting: Setting) -> list[Problem]:
     """A batch of two samples with a batch stride beyond the border."""
     shape = (2, 8, 4, 4) if setting.rehearsal else (2, 96, 7, 7)
-    return [Problem(operator, shape, "bfloat16", kernel=7 if operator == "depthwise_conv2d" else 0)]
+    more = {"kernel": 7 if operator == "depthwise_conv2d" else 0, "epilogue": "gelu" if operator == "linear" else ""}
+    return [Problem(operator, shape, "bfloat16", **more)]
 
 
 def _enough(setting: Setting, need: int) -> None:
@@ -72,7 +76,7 @@ def check(setting: Setting, problem: Problem, backend: str):
             for name, i in (("y", 0), ("dx", 1)):
                 whole = (outputs[0], gradients[0])[i][piece]
                 named = f"{name} of samples {piece.start} to {piece.stop}"
-                same_bits(f"{named}, alone and in the batch,", whole, alone[i][0])
+                alike(problem, f"{named}, alone and in the batch,", whole, alone[i][0])
                 found[named] = judge(named, whole, exact[i][0], peer[i][0], rows=problem.channels)
     for i, (got, exact_sum) in enumerate(zip(gradients[1:], sums)):
         found[f"gradient {i + 1}"] = judge(
@@ -97,5 +101,5 @@ def check_far(setting: Setting, problem: Problem, backend: str):
     near = differentiate(lambda *t: subject.ours(problem, backend, *t), inputs, dense[1:])
     spread = differentiate(lambda *t: subject.ours(problem, backend, *t), [apart[0], *inputs[1:]], apart[1:])
     for i, (a, b) in enumerate(zip([*near[0], *near[1]], [*spread[0], *spread[1]])):
-        same_bits(f"tensor {i}, dense and spread over {stride} elements,", a, b)
+        alike(problem, f"tensor {i}, dense and spread over {stride} elements,", a, b)
     return {}, f"batch stride {stride}"

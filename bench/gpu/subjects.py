@@ -16,7 +16,7 @@ from bench.baselines import layer_norm_permuted, layer_norm_tokens
 from sdp_kernels import reference
 from sdp_kernels.backends import BACKENDS, every_reason
 
-from .judge import accumulator
+from .judge import accumulator, judge, same_bits
 from .part import Setting
 
 EPS = 1e-6
@@ -28,7 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Problem:
-    """One operator on one tensor. ``layout`` and ``grad`` name memory layouts (see LAYOUTS, GRADIENTS)."""
+    """One operator on one tensor. ``layout`` and ``grad`` name memory layouts (see LAYOUTS, GRADIENTS); ``epilogue`` is
+    what linear does behind its GEMM: an activation's name, "scale", "residual", "masks", separated by blanks."""
 
     operator: str
     shape: tuple[int, ...]
@@ -39,11 +40,13 @@ class Problem:
     residual: bool = False
     kernel: int = 0
     wide_parameters: bool = False
+    epilogue: str = ""
 
     @property
     def name(self) -> str:
         extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
         extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
+        extra += [self.epilogue] * bool(self.epilogue)
         extra += [f"gradient {self.grad}"] * (self.grad != "like y")
         return " ".join([self.operator, "x".join(map(str, self.shape)), self.dtype, self.layout, *extra])
 
@@ -118,6 +121,8 @@ class Subject:
     slack: Callable[[Problem, list[Tensor]], list[float]]
     parameters: int
     """How many of the inputs, behind x, are summed over all rows in the backward pass."""
+    vendor_gemm: bool = False
+    """The vendor's GEMM is part of it: its bits may depend on the batch, on graphs and on the compiler."""
 
 
 def _kelu_inputs(problem: Problem, device: str) -> list[Tensor]:
@@ -207,7 +212,55 @@ CONVOLUTION = Subject(
     slack=_conv_slack,
     parameters=2,
 )
-SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION}
+
+
+def _linear_options(problem: Problem, device: str) -> dict:
+    words = problem.epilogue.split()
+    names = [word for word in words if word in sdp_kernels.ACTIVATIONS]
+    masks = {"rng": sdp_kernels.make_rng(3, 1, device=device), "layer": 5} if "masks" in words else {}
+    return {"activation": names[0] if names else "none", "registers": problem.registers, **masks}
+
+
+def _linear_inputs(problem: Problem, device: str) -> list[Tensor]:
+    """x, weight, bias, and with an epilogue's words γ and the residual; as many outputs as inputs."""
+    c, words = problem.shape[-1], problem.epilogue.split()
+    x = LAYOUTS[problem.layout](normal(problem, problem.shape, 1, device))
+    parameters = [normal(problem, (c, c), 2, device, c**-0.5), normal(problem, (c,), 3, device)]
+    scale = 1 + 0.2 * normal(problem, (c,), 4, device).float() if "scale" in words else torch.ones(c, device=device)
+    scale = scale.to(torch.float32 if problem.wide_parameters else problem.torch_dtype)
+    residual = [normal(problem, problem.shape, 5, device)] if "residual" in words else []
+    return [x, *parameters, scale, *residual]
+
+
+def _linear_ours(problem: Problem, backend: str, x, weight, bias, scale, residual=None) -> tuple[Tensor, ...]:
+    rates = {"dropout": 0.3, "drop_path": 0.3} if "masks" in problem.epilogue else {}
+    options = _linear_options(problem, str(x.device)) | rates
+    more = {"layer_scale": scale, "residual": residual, "backend": backend}
+    return (sdp_kernels.linear(x, weight, bias, **more, **options),)
+
+
+def _linear_plain(problem: Problem, x, weight, bias, scale, residual=None) -> tuple[Tensor, ...]:
+    rates = {"dropout_rate": 0.3, "drop_path": 0.3} if "masks" in problem.epilogue else {}
+    options = _linear_options(problem, str(x.device)) | rates
+    return (reference.linear.linear(x, weight, bias, layer_scale=scale, residual=residual, **options),)
+
+
+def _linear_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
+    rows = max(1, inputs[0].numel() // problem.shape[-1])
+    over_rows = GRADIENT * rows**0.5 * torch.finfo(accumulator(problem.torch_dtype)).eps
+    return [0.0, 0.0, *[4 * over_rows] * 3, 0.0]
+
+
+LINEAR = Subject(_linear_inputs, _linear_ours, _linear_plain, _linear_slack, parameters=3, vendor_gemm=True)
+SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION, "linear": LINEAR}
+
+
+def alike(problem: Problem, name: str, got: Tensor, wanted: Tensor) -> None:
+    """Raise Failure unless the two are equal to the bit, or as near as a vendor's GEMM keeps to the other."""
+    if SUBJECTS[problem.operator].vendor_gemm:
+        judge(name, got, wanted, wanted, rows=max(problem.rows, problem.channels))
+    else:
+        same_bits(name, got, wanted)
 
 
 def backends(setting: Setting, operator: str, dtype: str = "float32") -> list[str]:

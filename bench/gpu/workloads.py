@@ -92,11 +92,29 @@ def _layer_norm(key: list[str], dtype: torch.dtype, device: str, elements: int) 
     raise NoWorkloadError(f"no workload for layer_norm_2d's {key[1]!r}")
 
 
+def _linear(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:
+    from sdp_kernels.triton import linear
+
+    columns = 767 if "odd rows" in key else 768
+    tokens = 261 if elements > 2**20 else 5
+    shape = (max(2, elements // (tokens * columns)), tokens, columns)
+
+    def make(seed: int) -> list[Tensor]:
+        z, grad = (_normal(shape, dtype, device, seed + i) for i in range(2))
+        return [grad, z, _normal((columns,), torch.float32, device, seed + 2)]
+
+    if key[1] == "forward":
+        return Workload(make, lambda g, z, s: [linear.linear_epilogue_fwd(z, "gelu", s, None, g, 5, 0.0, None, 0)])
+    if key[1] in ("backward", "add_partials"):
+        return Workload(make, lambda g, z, s: list(linear.linear_epilogue_bwd(g, z, "gelu", s, None, 5, 0.0, None, 0)))
+    raise NoWorkloadError(f"no workload for linear's {key[1]!r}")
+
+
 def workload(entry: str, device: str, *, tiny: bool) -> Workload:
     """Of the table's entry "operator/kernel/…/16bit". Raises NoWorkloadError."""
     key = entry.split("/")
     dtype = torch.bfloat16 if key[-1] == "16bit" else torch.float32
-    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm}
+    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear}
     if key[0] not in makers:
         raise NoWorkloadError(f"no workload for the operator {key[0]!r}")
     return makers[key[0]](key, dtype, device, 512 if tiny else BYTES // dtype.itemsize)

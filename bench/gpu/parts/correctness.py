@@ -11,7 +11,7 @@ from bench.baselines import kelu_where
 from bench.gpu import grid, large, machine
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Item, Setting, Unavailable
-from bench.gpu.subjects import SUBJECTS, Problem, backends, differentiate, gradients_for, missing
+from bench.gpu.subjects import SUBJECTS, Problem, alike, backends, differentiate, gradients_for, missing
 
 ORDER = 20
 TITLE = "every operator, dtype, layout and backend against fp64; determinism; > 2³¹ elements; compile; CUDA graphs"
@@ -164,9 +164,9 @@ def equal_bits(setting: Setting, problem: Problem, backend: str):
         part = [t[begin:end] if i in batched else t for i, t in enumerate(inputs)]
         outputs, gradients = _ours(problem, backend, part, [g[begin:end] for g in grads])
         for i, (whole, alone) in enumerate(zip(first[0], outputs)):
-            same_bits(f"output {i} of samples {begin} to {end} alone", whole[begin:end], alone)
+            alike(problem, f"output {i} of samples {begin} to {end} alone", whole[begin:end], alone)
         for i in batched:
-            same_bits(f"gradient {i} of samples {begin} to {end} alone", first[1][i][begin:end], gradients[i])
+            alike(problem, f"gradient {i} of samples {begin} to {end} alone", first[1][i][begin:end], gradients[i])
     return {}, None
 
 
@@ -180,7 +180,7 @@ def compiled(setting: Setting, problem: Problem, backend: str):
         function = torch.compile(lambda *t: subject.ours(problem, backend, *t), fullgraph=True, dynamic=False)
         traced = differentiate(function, inputs, grads)
     for i, (a, b) in enumerate(zip([*eager[0], *eager[1]], [*traced[0], *traced[1]])):
-        same_bits(f"tensor {i}, eager and compiled,", a, b)
+        alike(problem, f"tensor {i}, eager and compiled,", a, b)
         if a.stride() != b.stride():
             raise Failure(f"tensor {i} has strides {b.stride()} compiled and {a.stride()} eager")
     return {}, None
@@ -204,7 +204,7 @@ def graph(setting: Setting, problem: Problem, backend: str):
     machine.synchronise(setting)
     outputs, gradients = _ours(problem, backend, [leaf.detach() for leaf in leaves], grads)
     for i, (a, b) in enumerate(zip([*outputs, *gradients], results)):
-        same_bits(f"tensor {i}, eager and replayed,", a, b)
+        alike(problem, f"tensor {i}, eager and replayed,", a, b)
     return {}, None
 
 

@@ -19,10 +19,17 @@ OPERATORS: dict[str, tuple[str, ...]] = {}
 """Operator → names of the kernels it needs, e.g. ``kelu`` → (``kelu_fwd``, ``kelu_bwd``)."""
 
 
-def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable], uses: tuple[str, ...] = ()) -> None:
+def define(
+    operator: str,
+    schemas: dict[str, str],
+    fakes: dict[str, Callable],
+    uses: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
     """Declare an operator: the same schemas and fakes in every namespace; its reference counts as there.
 
     ``uses`` names kernels of other operators that it is built from: a backend has it when it has all of them.
+    ``optional`` names those of ``schemas`` that a backend may lack: another way to do what the others do.
     """
     if schemas.keys() != fakes.keys():
         raise ValueError(f"{operator}: every schema needs a fake, got {sorted(schemas)} and {sorted(fakes)}")
@@ -31,7 +38,7 @@ def define(operator: str, schemas: dict[str, str], fakes: dict[str, Callable], u
             library.define(name + text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
     _SCHEMAS.update(schemas)
-    OPERATORS[operator] = (*schemas, *uses)
+    OPERATORS[operator] = (*(name for name in schemas if name not in optional), *uses)
     BACKENDS["reference"].operators.add(operator)
 
 

@@ -35,9 +35,18 @@ SCHEMAS = {
         "(Tensor grad, Tensor z, str activation, Tensor? layer_scale, Tensor? path_mask, int registers,"
         " float dropout, Tensor? rng, int layer) -> (Tensor dz, Tensor dlayer_scale, Tensor dbias)"
     ),
+    "linear_gemm_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? layer_scale, Tensor? path_mask,"
+        " Tensor? residual, int registers, float dropout, Tensor? rng, int layer, bool keep) -> (Tensor y, Tensor z)"
+    ),
+    "linear_gemm_bwd": (
+        "(Tensor d, Tensor weight, Tensor z, str activation, int registers) -> (Tensor dz, Tensor h, Tensor dbias)"
+    ),
 }
-"""The GEMM is the vendor library's; these are the one pass around it. z is (B, T, out). Without activation
-and layer_scale backward reads only z's shape and dtype."""
+"""The epilogues are the one pass around the vendor library's GEMM; z is (B, T, out), and without activation and
+layer_scale backward reads only its shape and dtype. A backend may have GEMMs with the same around them in their own
+epilogue: forward, z empty unless kept for an activation; and a product with a weight (N, M) between two layers, d
+(B, T, N) being the outer one's gradient: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, all (…, M), register rows 0."""
 
 
 def _fake_fwd(z, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer):
@@ -50,7 +59,29 @@ def _fake_bwd(grad, z, activation, layer_scale, path_mask, registers, dropout, r
     return z.new_empty(z.shape), z.new_empty(scales, dtype=wide), z.new_empty(z.shape[2], dtype=wide)
 
 
-define("linear", SCHEMAS, {"linear_epilogue_fwd": _fake_fwd, "linear_epilogue_bwd": _fake_bwd})
+def _fake_gemm_fwd(
+    x, weight, bias, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer, keep
+):  # fmt: skip
+    shape = (*x.shape[:2], weight.shape[0])
+    kept = x.new_empty(shape if keep and activation != "none" else (0,))
+    return (x if residual is None else residual).new_empty(shape), kept
+
+
+def _fake_gemm_bwd(d, weight, z, activation, registers):
+    return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[2], dtype=accumulate_dtype(z.dtype))
+
+
+define(
+    "linear",
+    SCHEMAS,
+    {
+        "linear_epilogue_fwd": _fake_fwd,
+        "linear_epilogue_bwd": _fake_bwd,
+        "linear_gemm_fwd": _fake_gemm_fwd,
+        "linear_gemm_bwd": _fake_gemm_bwd,
+    },
+    optional=("linear_gemm_fwd", "linear_gemm_bwd"),
+)
 
 
 class Branch(NamedTuple):

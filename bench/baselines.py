@@ -88,6 +88,38 @@ def conv_mlp_original(x: Tensor, weights: tuple[Tensor, ...], activation: Functi
     return x + one_by_one(activation(one_by_one(h, expand)), project)
 
 
+def encoder(x: Tensor, weights: tuple[Tensor, ...], heads: int, activation: Function, eps: float) -> Tensor:
+    """Pre-norm transformer encoder with q/k LayerNorm on tokens (B, T, C): one GEMM for q, k and v, SDPA, no dropout.
+
+    ``weights``: norm1 (weight, bias), qkv (3C, C), q_norm and k_norm (weight, bias each), out (C, C), norm2, up and
+    down (weight, bias each).
+    """
+    return _encoder(x, weights, heads, activation, eps, _packed_heads)
+
+
+def encoder_original(x: Tensor, weights: tuple[Tensor, ...], heads: int, activation: Function, eps: float) -> Tensor:
+    """The same with three projections, as the original has it."""
+    return _encoder(x, weights, heads, activation, eps, _separate_heads)
+
+
+def _packed_heads(h: Tensor, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    return F.linear(h, qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _separate_heads(h: Tensor, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    return tuple(F.linear(h, weight).unflatten(-1, (heads, -1)).transpose(1, 2) for weight in qkv.chunk(3))
+
+
+def _encoder(x, weights, heads, activation, eps, split) -> Tensor:
+    gain1, shift1, qkv, gain_q, shift_q, gain_k, shift_k, out, gain2, shift2, up, up_bias, down, down_bias = weights
+    q, k, v = split(F.layer_norm(x, gain1.shape, gain1, shift1, eps), qkv, heads)
+    q = F.layer_norm(q, gain_q.shape, gain_q, shift_q, eps).to(v.dtype)  # autocast may have made them fp32
+    k = F.layer_norm(k, gain_k.shape, gain_k, shift_k, eps).to(v.dtype)
+    x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), out)
+    h = activation(F.linear(F.layer_norm(x, gain2.shape, gain2, shift2, eps), up, up_bias))
+    return x + F.linear(h, down, down_bias)
+
+
 def on_tokens(block: Function, grid: tuple[int, int], registers: int) -> Function:
     """A block of pictures on a token buffer (B, T, C) whose registers pass by: sliced off and put back."""
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sdpnet.models import SdPNet
 
-from ..baselines import ACTIVATIONS, ORIGINAL_ACTIVATIONS, conv_mlp, conv_mlp_original
+from ..baselines import ACTIVATIONS, ORIGINAL_ACTIVATIONS, conv_mlp, conv_mlp_original, encoder, encoder_original
 
 
 class Plain(nn.Module):
@@ -54,20 +54,11 @@ class Plain(nn.Module):
         """The block's ConvMLPs on image tokens (B, H·W, C)."""
         picture = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
         for conv in block.convs:
-            picture = conv_mlp(picture, _weights(conv), self.activation, conv.eps)
+            picture = conv_mlp(picture, _conv_weights(conv), self.activation, conv.eps)
         return picture.permute(0, 2, 3, 1).flatten(1, 2)
 
-    def attention(self, h: Tensor, encoder: nn.Module) -> Tensor:
-        """Normed tokens (B, T, C) → (B, T, C), before the output projection."""
-        q, k, v = F.linear(h, encoder.qkv.weight).unflatten(-1, (3, encoder.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        return F.scaled_dot_product_attention(*_normed(q, k, v, encoder)).transpose(1, 2).flatten(2)
-
-    def encode(self, x: Tensor, encoder: nn.Module) -> Tensor:
-        h = F.layer_norm(x, x.shape[-1:], encoder.norm1.weight, encoder.norm1.bias, encoder.eps)
-        x = x + F.linear(self.attention(h, encoder), encoder.out.weight)
-        h = F.layer_norm(x, x.shape[-1:], encoder.norm2.weight, encoder.norm2.bias, encoder.eps)
-        h = self.activation(F.linear(h, encoder.up.weight, encoder.up.bias))
-        return x + F.linear(h, encoder.down.weight, encoder.down.bias)
+    def encode(self, x: Tensor, module: nn.Module) -> Tensor:
+        return encoder(x, _encoder_weights(module), module.heads, self.activation, module.eps)
 
     def forward(self, images: Tensor, rng: Tensor | None = None) -> Tensor:
         """Images → logits; ``rng`` is there for the trainer's sake and not read."""
@@ -94,16 +85,14 @@ class Original(Plain):
     def convolutions(self, tokens: Tensor, block: nn.Module, grid: tuple[int, int]) -> Tensor:
         picture = tokens.transpose(1, 2).unflatten(2, grid).contiguous()
         for conv in block.convs:
-            picture = conv_mlp_original(picture, _weights(conv), self.activation, conv.eps)
+            picture = conv_mlp_original(picture, _conv_weights(conv), self.activation, conv.eps)
         return picture.flatten(2).transpose(1, 2)
 
-    def attention(self, h: Tensor, encoder: nn.Module) -> Tensor:
-        projections = encoder.qkv.weight.chunk(3)
-        q, k, v = (F.linear(h, w).unflatten(-1, (encoder.heads, -1)).transpose(1, 2) for w in projections)
-        return F.scaled_dot_product_attention(*_normed(q, k, v, encoder)).transpose(1, 2).contiguous().flatten(2)
+    def encode(self, x: Tensor, module: nn.Module) -> Tensor:
+        return encoder_original(x, _encoder_weights(module), module.heads, self.activation, module.eps)
 
 
-def _weights(conv: nn.Module) -> tuple[Tensor, ...]:
+def _conv_weights(conv: nn.Module) -> tuple[Tensor, ...]:
     """In the order of bench.baselines.conv_mlp."""
     return (
         conv.norm1.weight, conv.norm1.bias, conv.depthwise.weight, conv.pointwise.weight,
@@ -111,12 +100,12 @@ def _weights(conv: nn.Module) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _normed(q: Tensor, k: Tensor, v: Tensor, encoder: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k through their LayerNorms, in v's dtype (autocast may have made them fp32)."""
-    d = q.shape[-1:]
-    q = F.layer_norm(q, d, encoder.q_norm.weight, encoder.q_norm.bias, encoder.eps)
-    k = F.layer_norm(k, d, encoder.k_norm.weight, encoder.k_norm.bias, encoder.eps)
-    return q.to(v.dtype), k.to(v.dtype), v
+def _encoder_weights(e: nn.Module) -> tuple[Tensor, ...]:
+    """In the order of bench.baselines.encoder."""
+    return (
+        e.norm1.weight, e.norm1.bias, e.qkv.weight, e.q_norm.weight, e.q_norm.bias, e.k_norm.weight, e.k_norm.bias,
+        e.out.weight, e.norm2.weight, e.norm2.bias, e.up.weight, e.up.bias, e.down.weight, e.down.bias,
+    )  # fmt: skip
 
 
 def build(name: str, model: SdPNet) -> nn.Module:

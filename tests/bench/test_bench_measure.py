@@ -119,6 +119,14 @@ def test_errors_are_relative_to_the_largest_value_and_nan_shows() -> None:
     assert list(measure.relevant(errors, "backward")) == ["dx"] and len(measure.relevant(errors, "both")) == 2
 
 
+def test_a_gradient_that_vanishes_is_judged_on_the_scale_of_its_like() -> None:
+    truth = {"dx": torch.tensor([[9.0]]), "dweight": torch.tensor([2.0, -4.0]), "dbias": torch.tensor([1e-16, 0.0])}
+    got = truth | {"dbias": torch.tensor([0.0, 0.2])}
+    assert measure.relative_errors(got, truth)["dbias"] == pytest.approx(0.05)
+    small = truth | {"dbias": torch.tensor([1e-6, 0.0])}
+    assert measure.relative_errors(got, small)["dbias"] == pytest.approx(2e5)
+
+
 def test_an_output_of_another_shape_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"y has shape \(1, 2\), wanted is \(2,\)"):
         measure.relative_errors({"y": torch.zeros(1, 2)}, {"y": torch.zeros(2)})

@@ -145,10 +145,8 @@ class Encoder(Part):
     def hidden(self, x: Tensor, rng: Tensor | None) -> Tensor:
         """Normed tokens → the feed-forward half's hidden layer after dropout."""
         rate = self.dropout if self.training else 0.0
-        if self.gate is None:
-            return self.up(x, dropout=rate, rng=rng, layer=self.up_layer)
-        h = self.up(x) * self.gate(x)
-        return sdp_kernels.dropout(h, rate, rng=rng, layer=self.up_layer) if rate > 0 else h
+        h = self.up(x, dropout=rate, rng=rng, layer=self.up_layer)
+        return h if self.gate is None else h * self.gate(x)  # what is dropped of one factor is of the product
 
     def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
         path = {"drop_path": self.drop_path if self.training else 0.0, "rng": rng}

@@ -205,7 +205,7 @@ def conv_mlp(
     check_rng(rng, drop_path, x)
     limits = {}
     if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
-        limits["cpu"] = f"adds no {autocast_dtype(x)} branch to a {x.dtype} x"
+        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {autocast_dtype(x)} branch to a {x.dtype} x")
     chosen = choose("conv_mlp", x, backend, limits)
     if chosen in ("composed", "reference"):
         form = (composed if chosen == "composed" else reference.conv_mlp).conv_mlp

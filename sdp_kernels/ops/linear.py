@@ -221,7 +221,7 @@ def linear(
     check_rng(rng, max(dropout, drop_path), x)
     limits = {}
     if residual is not None and residual.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
-        limits["cpu"] = f"adds no {residual.dtype} residual to {x.dtype}"
+        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {residual.dtype} residual to {x.dtype}")
     chosen = choose("linear", x, backend, limits)
     adds = layer_scale is not None or residual is not None or registers
     if chosen not in ("composed", "reference") and (activation != "none" or adds or dropout or drop_path):

@@ -43,6 +43,7 @@
 #define __syncthreads() simt::block_barrier(__FILE__, __LINE__)
 #define __syncwarp() simt::warp_barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) simt::shuffle(__LINE__, mask, value, simt::lane() ^ (bits))
+#define __any_sync(mask, value) simt::any(__LINE__, mask, value)
 #define __shfl_sync(mask, value, source) simt::shuffle(__LINE__, mask, value, source)
 
 struct uint3 {
@@ -197,6 +198,11 @@ T shuffle(int line, unsigned mask, T value, unsigned source) {
   return value;
 }
 
+inline bool any(int line, unsigned mask, bool value) {
+  for (int bits = 1; bits < kLanes; bits *= 2) value |= shuffle(line, mask, value, lane() ^ bits);
+  return value;
+}
+
 inline void entry() {
   block->body();
   if (!block->fibers[block->current].copies.empty()) fail("a thread leaves with copies on their way");
@@ -224,7 +230,8 @@ inline void run_block(unsigned threads, size_t shared, const std::function<void(
   b.turn.assign(threads, 0);
   b.exchange_turn.assign(threads, 0);
   b.all = {};
-  if (b.stacks.size() < threads * kStack) b.stacks.resize(threads * kStack);
+  // New memory, nothing copied: AddressSanitizer has marked parts of the old stacks.
+  if (b.stacks.size() < threads * kStack) b.stacks = std::vector<char>(threads * kStack);
   SIMT_UNPOISON(b.stacks.data(), b.stacks.size());
   b.shared = static_cast<unsigned char*>(std::malloc(shared + (shared == 0)));  // ends exactly there
   std::memset(b.shared, 0xff, shared);

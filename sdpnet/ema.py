@@ -37,8 +37,9 @@ class EMA:
         averages = list(self.module.parameters())
         live = [p.to(a.dtype) for p, a in zip(model.parameters(), averages, strict=True)]
         weight = 1.0 - self.decay_at(n)
-        difference = torch._foreach_sub(live, averages)
-        torch._foreach_mul_(difference, weight if keep is None else (1.0 - keep) * weight)
-        torch._foreach_add_(averages, difference)
+        if keep is None:
+            torch._foreach_lerp_(averages, live, weight)
+        else:
+            torch._foreach_lerp_(averages, live, [(1.0 - keep) * weight] * len(live))
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

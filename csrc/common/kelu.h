@@ -51,7 +51,19 @@ SDP_HOST_DEVICE V cosine_gap(double, V t) {
 
 constexpr double kKeluA = 3.5, kPi = 3.14159265358979323846;
 
-// min(|x|, a); V is Scalar itself or a SIMD vector of it, and V{} + s broadcasts s.
+// f(−m) and f′(−m) for m in [0, a]; V is Scalar itself or a SIMD vector of it.
+template <class Scalar, class V>
+SDP_HOST_DEVICE V kelu_left(V m) {
+  const V u = (Scalar(kKeluA) - m) * Scalar(kPi / kKeluA), t = u * u;
+  return m * (u * t * sine_gap(Scalar(), t)) * Scalar(-0.5 / kPi);
+}
+template <class Scalar, class V>
+SDP_HOST_DEVICE V kelu_left_slope(V m) {
+  const V u = (Scalar(kKeluA) - m) * Scalar(kPi / kKeluA), t = u * u;
+  return (u * t * sine_gap(Scalar(), t)) * Scalar(0.5 / kPi) - m * (t * cosine_gap(Scalar(), t)) * Scalar(0.5 / kKeluA);
+}
+
+// min(|x|, a); V{} + s broadcasts s.
 template <class Scalar, class V>
 SDP_HOST_DEVICE V bent_magnitude(V x) {
   const V a = V{} + Scalar(kKeluA), magnitude = x < V{} ? -x : x;
@@ -60,19 +72,13 @@ SDP_HOST_DEVICE V bent_magnitude(V x) {
 
 template <class Scalar, class V>
 SDP_HOST_DEVICE V kelu_value(V x) {
-  const V magnitude = bent_magnitude<Scalar>(x);
-  const V u = (Scalar(kKeluA) - magnitude) * Scalar(kPi / kKeluA), t = u * u;
-  const V negative = magnitude * (u * t * sine_gap(Scalar(), t)) * Scalar(-0.5 / kPi);
-  return (x < V{} ? V{} : x) + negative;
+  return (x < V{} ? V{} : x) + kelu_left<Scalar>(bent_magnitude<Scalar>(x));
 }
 
 template <class Scalar, class V>
 SDP_HOST_DEVICE V kelu_slope(V x) {
-  const V magnitude = bent_magnitude<Scalar>(x);
-  const V u = (Scalar(kKeluA) - magnitude) * Scalar(kPi / kKeluA), t = u * u;
-  const V negative = (u * t * sine_gap(Scalar(), t)) * Scalar(0.5 / kPi) -
-                     magnitude * (t * cosine_gap(Scalar(), t)) * Scalar(0.5 / kKeluA);
-  return x < V{} ? negative : Scalar(1) - negative;
+  const V left = kelu_left_slope<Scalar>(bent_magnitude<Scalar>(x));
+  return x < V{} ? left : Scalar(1) - left;
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // KeLü forward and backward on the CPU.
-#include "common/kelu.h"
-
+#include "cpu/activations.h"
 #include "cpu/levels.h"
-#include "cpu/simd.h"
 
 namespace sdp {
 
@@ -23,10 +21,10 @@ void kelu_forward(const void* x_, int64_t x_step, void* y_, int64_t y_step, int6
   constexpr int lanes = kLanes<T>;
   int64_t i = 0;
   if (x_step == 1 && y_step == 1)
-    for (; i + lanes <= n; i += lanes) store(y + i, kelu_value<Accumulator<T>>(load(x + i)));
+    for (; i + lanes <= n; i += lanes) store(y + i, kelu(load(x + i)).value);
   for (; i < n; i += lanes) {
     const int count = n - i < lanes ? n - i : lanes;
-    store_part(y + i * y_step, kelu_value<Accumulator<T>>(load_part(x + i * x_step, count, x_step)), count, y_step);
+    store_part(y + i * y_step, kelu(load_part(x + i * x_step, count, x_step)).value, count, y_step);
   }
 }
 
@@ -38,10 +36,10 @@ void kelu_backward(const void* grad_, int64_t grad_step, const void* x_, int64_t
   constexpr int lanes = kLanes<T>;
   int64_t i = 0;
   if (grad_step == 1 && x_step == 1 && dx_step == 1)
-    for (; i + lanes <= n; i += lanes) store(dx + i, load(grad + i) * kelu_slope<Accumulator<T>>(load(x + i)));
+    for (; i + lanes <= n; i += lanes) store(dx + i, load(grad + i) * kelu(load(x + i)).slope);
   for (; i < n; i += lanes) {
     const int count = n - i < lanes ? n - i : lanes;
-    const auto slope = kelu_slope<Accumulator<T>>(load_part(x + i * x_step, count, x_step));
+    const auto slope = kelu(load_part(x + i * x_step, count, x_step)).slope;
     store_part(dx + i * dx_step, load_part(grad + i * grad_step, count, grad_step) * slope, count, dx_step);
   }
 }

@@ -56,13 +56,29 @@ inline To bit_cast(From from) {
   return to;
 }
 
+#if SDP_LEVEL == 2
+SDP_HOST_DEVICE Floats widen(HalfBits half, BFloat16) {
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+}
+SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN stays NaN
+  const __m512i bits = (__m512i)x, half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  const __m512i even = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_mask_or_epi32(even, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13,
+                                         11, 9, 7, 5, 3, 1);
+  return (HalfBits)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
+}
+#else
 SDP_HOST_DEVICE Floats widen(HalfBits half, BFloat16) { return bit_cast<Floats>(__builtin_convertvector(half, Bits) << 16); }
 
-SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN stays NaN
+SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {
   const Bits bits = bit_cast<Bits>(x);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, HalfBits);
 }
+#endif
 
 #if SDP_LEVEL == 2
 SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) { return (Floats)_mm512_cvtph_ps((__m256i)half); }
@@ -91,6 +107,27 @@ SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) {
 }
 #endif
 
+// |x|, and the smaller and the larger of two, where a NaN among x stays one. The instructions keep their second operand then,
+// but the compiler doesn't find them behind a selection.
+SDP_HOST_DEVICE Floats magnitude(Floats x) { return bit_cast<Floats>(bit_cast<Bits>(x) & 0x7fffffffu); }
+#if SDP_LEVEL == 2
+SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)x); }
+SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return (Floats)_mm512_max_ps(_mm512_set1_ps(limit), (__m512)x); }
+#elif SDP_LEVEL == 1
+SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x); }
+SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return (Floats)_mm256_max_ps(_mm256_set1_ps(limit), (__m256)x); }
+#else
+SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return x > limit ? Floats{} + limit : x; }
+SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return x < limit ? Floats{} + limit : x; }
+#endif
+SDP_HOST_DEVICE VectorOf<double>::type magnitude(VectorOf<double>::type x) { return x < 0.0 ? -x : x; }
+SDP_HOST_DEVICE VectorOf<double>::type at_most(VectorOf<double>::type x, double limit) {
+  return x > limit ? VectorOf<double>::type{} + limit : x;
+}
+SDP_HOST_DEVICE VectorOf<double>::type at_least(VectorOf<double>::type x, double limit) {
+  return x < limit ? VectorOf<double>::type{} + limit : x;
+}
+
 template <class V, class T>
 inline V load_bytes(const T* from) {
   V v;
@@ -111,7 +148,8 @@ SDP_HOST_DEVICE void store(T* p, Floats v) {
   memcpy(p, &half, sizeof(half));
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+// Always inlined: GCC drops calls of a function that does nothing but prefetch, taking it for one without effect.
+SDP_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // As it would be read back after a store to T.
 template <class T>

@@ -48,7 +48,7 @@ def random_words(rng: Tensor, layer: int, stream: int, samples: int, positions: 
 
 def keep_mask(rng: Tensor, layer: int, stream: int, samples: int, positions: int, rate: float, dtype) -> Tensor:
     """(samples, positions) of 0 (probability ``rate``) and 1 / (1 − rate), so that the mean is 1."""
-    threshold = round(rate * 2**32)
+    threshold = min(round(rate * 2**32), _MASK)  # a rate next to 1 must not round to a word that no draw reaches
     words = random_words(rng, layer, stream, samples, positions)
     return (words >= threshold).to(dtype) * (1 / (1 - rate))
 

@@ -76,6 +76,15 @@ def test_rate_and_mean(p):
     assert abs(y.mean() - 1) < 5 * (p / (1 - p) / y.numel()) ** 0.5
 
 
+def test_rate_next_to_one_keeps_the_largest_word(monkeypatch):
+    """Rounded to 32 bits that rate is 1; the threshold stays a word, or nothing could ever be kept."""
+    rate = 1 - 2**-34
+    words = torch.tensor([[0, 2**31, 2**32 - 2, 2**32 - 1]])
+    monkeypatch.setattr(philox, "random_words", lambda *_: words)
+    kept = philox.keep_mask(sk.make_rng(1), 0, philox.DROPOUT, 1, 4, rate, torch.float64)
+    assert kept.tolist() == [[0, 0, 0, 2.0**34]]
+
+
 @pytest.mark.parametrize(
     "other",
     [{"seed": 2}, {"seed": 1 + 2**32}, {"step": 3}, {"layer": 4}, {"first": 64}, {"seed": 2, "step": 1}, {"layer": 0}],

@@ -25,6 +25,14 @@ def test_activations(backend, activation):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.levels
+def test_dropout_next_to_one_drops(backend):
+    """As a threshold of 32 bits that rate is 2³², which is no 32-bit number: kept would be everything."""
+    x = torch.ones(4, 100, dtype=torch.float32)
+    y = sk.linear(x, torch.eye(100), dropout=1 - 2**-34, rng=sk.make_rng(1), backend=backend)
+    assert not y.any()
+
+
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 0, 5), (2, 3, 4, 5)], ids=str)
 def test_leading_dimensions(backend, shape):
     x, weight, bias = normal(*shape), normal(6, 5, seed=1), normal(6, seed=2)

@@ -4,38 +4,49 @@
 // scores is whole (no running maximum), and nothing of (T, T) is ever kept. q carries the scale. Backward keeps K, Kᵀ and
 // Vᵀ, and adds to dK and dV block after block, in order; the norms' gradients are summed per head and added in order.
 #include "cpu/register_attention_parts.h"
+#include "cpu/register_attention_products.h"
 
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
-// Where the matrices stand in a thread's memory, each on a cache line.
-template <class T>
+// Where the matrices stand in a thread's memory, each on a cache line; behind them the operands that Form makes of them.
+template <class T, class Form>
 struct Workspace {
   using V = Vector<T>;
+  using P = typename Form::Vectors;
   static constexpr int lanes = kLanes<T>;
   int64_t width, columns, pitch, rows;  // vectors of a head, vectors of a row of scores and their pitch, rows of K
-  V *k, *k_turned, *v, *v_turned, *q, *grad, *scores, *dscores, *out, *dk, *dv;
+  V *k, *v, *q, *grad, *scores, *dscores, *out, *dk, *dv;
+  P *k_turned, *k_stacked, *v_turned, *v_stacked, *q_along, *q_stacked, *grad_along, *grad_stacked;
+  P *scores_along, *scores_down, *dscores_along, *dscores_down;
   int64_t bytes = 0;
 
   Workspace(const AttentionCase& c, bool backward, void* memory) {
     width = (c.d + lanes - 1) / lanes, rows = rounded_up(c.tokens, 16);
-    columns = rows / lanes, pitch = columns | 1;
-    const auto take = [&](int64_t vectors) {
-      V* at = reinterpret_cast<V*>(static_cast<char*>(memory) + bytes);
+    columns = rows / lanes, pitch = columns | 1;  // odd, so that neighbouring rows fall into different sets of the cache
+    const auto take = [&](auto*& at, int64_t vectors) {
+      at = reinterpret_cast<std::remove_reference_t<decltype(at)>>(static_cast<char*>(memory) + bytes);
       bytes += rounded_up(vectors * int64_t(sizeof(V)), 64);
-      return at;
     };
-    k = take(rows * width), k_turned = take(width * lanes * pitch), v = take(rows * width);
-    q = take(kQueries * width), scores = take(kQueries * pitch), out = take(kQueries * width);
-    if (!backward) return;
-    v_turned = take(width * lanes * pitch), grad = take(kQueries * width), dscores = take(kQueries * pitch);
-    dk = take(rows * width), dv = v;  // v is needed until it is turned
+    take(k, rows * width), take(v, rows * width), take(q, kQueries * width), take(out, kQueries * width);
+    take(scores, kQueries * pitch);
+    take(k_turned, Form::turned_size(rows, width, pitch)), take(q_along, Form::along_size(kQueries, width));
+    if (!backward) {
+      take(v_stacked, Form::down_size(rows, width)), take(scores_along, Form::along_size(kQueries, columns));
+      return;
+    }
+    take(grad, kQueries * width), take(dscores, kQueries * pitch), take(dk, rows * width);
+    dv = v;  // v is needed until it is turned
+    take(v_turned, Form::turned_size(rows, width, pitch)), take(k_stacked, Form::down_size(rows, width));
+    take(q_stacked, Form::down_size(kQueries, width)), take(grad_along, Form::along_size(kQueries, width));
+    take(grad_stacked, Form::down_size(kQueries, width)), take(scores_down, Form::down_size(kQueries, columns));
+    take(dscores_down, Form::down_size(kQueries, columns)), take(dscores_along, Form::along_size(kQueries, columns));
   }
 };
 
-// K normalised, Kᵀ, and V; rows behind the last token are 0.
-template <class T>
-void pack_keys(const AttentionCase& c, int64_t sample, int64_t head, const Workspace<T>& w) {
+// K normalised, and V; rows behind the last token are 0.
+template <class T, class Form>
+void pack_keys(const AttentionCase& c, int64_t sample, int64_t head, const Workspace<T, Form>& w) {
   for (int64_t t = 0; t < w.rows; ++t) {
     Vector<T> *k = w.k + t * w.width, *v = w.v + t * w.width;
     for (int64_t i = 0; i < w.width && t >= c.tokens; ++i) k[i] = v[i] = Vector<T>{};
@@ -43,30 +54,25 @@ void pack_keys(const AttentionCase& c, int64_t sample, int64_t head, const Works
     normed_row<T>(c, sample, head, t, 1, Accumulator<T>(1), k);
     read_row(token_row<T>(c.qkv, sample, t, 2, head), c.qkv.column, c.d, v);
   }
-  transpose_matrix<Accumulator<T>>(w.k, w.width, w.k_turned, w.pitch, w.columns, w.width);
 }
 
-template <class T>
-void pack_queries(const AttentionCase& c, int64_t sample, int64_t head, int64_t first, int64_t count,
-                  const Workspace<T>& w) {
-  for (int64_t i = 0; i < count; ++i)
-    normed_row<T>(c, sample, head, first + i, 0, Accumulator<T>(c.scale), w.q + i * w.width);
+// Rows `count` of the matrices that a sum over the queries runs through: 0, if such a sum may take two at a time.
+template <class V>
+void end_with_zeros(int64_t count, int64_t vectors, int64_t pitch, V* matrix) {
+  for (int64_t i = 0; i < vectors && count % 2 != 0; ++i) matrix[count * pitch + i] = V{};
 }
 
-template <class A, class V>
-const A* elements(const V* matrix) { return reinterpret_cast<const A*>(matrix); }
-
-// scores ← exp(scores − their maximum), dropped; returns (the sum before dropping) and writes lse.
+// scores ← exp(scores − their maximum), dropped; returns the sum before dropping and writes lse.
 template <class T>
-Accumulator<T> soften_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, const Workspace<T>& w,
+Accumulator<T> soften_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, int64_t columns,
                           Vector<T>* scores) {
   using A = Accumulator<T>;
   using V = Vector<T>;
-  limit_row(c, query, scores, w.columns);
+  limit_row(c, query, scores, columns);
   V most = scores[0], sum{};
-  for (int64_t j = 1; j < w.columns; ++j) most = scores[j] > most ? scores[j] : most;
+  for (int64_t j = 1; j < columns; ++j) most = scores[j] > most ? scores[j] : most;
   const A top = horizontal_maximum(most);
-  for (int64_t j = 0; j < w.columns; ++j) {
+  for (int64_t j = 0; j < columns; ++j) {
     scores[j] = exponential(scores[j] - top);
     sum += scores[j];
   }
@@ -77,20 +83,24 @@ Accumulator<T> soften_row(const AttentionCase& c, int64_t sample, int64_t head, 
   return total;
 }
 
-template <class T>
+template <class T, class Form>
 void forward(const AttentionCase& c, int64_t item, void* memory) {
   using A = Accumulator<T>;
-  const Workspace<T> w(c, false, memory);
-  const int64_t sample = item / c.heads, head = item % c.heads, lanes = w.lanes;
+  const Workspace<T, Form> w(c, false, memory);
+  const int64_t sample = item / c.heads, head = item % c.heads;
   pack_keys<T>(c, sample, head, w);
+  const auto k_turned = Form::turned(w.k, w.width, w.rows, w.width, w.k_turned, w.pitch);
+  const auto v = Form::stacked(w.v, w.width, w.rows, w.width, w.v_stacked);
   for (int64_t first = 0; first < c.tokens; first += kQueries) {
     const int64_t count = c.tokens - first < kQueries ? c.tokens - first : kQueries;
-    pack_queries<T>(c, sample, head, first, count, w);
-    product(elements<A>(w.q), w.width * lanes, 1, w.k_turned, w.pitch, w.scores, w.pitch, count, w.columns, c.d, false);
+    for (int64_t i = 0; i < count; ++i) normed_row<T>(c, sample, head, first + i, 0, A(c.scale), w.q + i * w.width);
+    const auto q = Form::along(w.q, w.width, count, w.width, w.q_along);
+    product<Form>(q, k_turned, w.scores, w.pitch, count, w.columns, c.d, false);
     A totals[kQueries];
     for (int64_t i = 0; i < count; ++i)
-      totals[i] = soften_row<T>(c, sample, head, first + i, w, w.scores + i * w.pitch);
-    product(elements<A>(w.scores), w.pitch * lanes, 1, w.v, w.width, w.out, w.width, count, w.width, c.tokens, false);
+      totals[i] = soften_row<T>(c, sample, head, first + i, w.columns, w.scores + i * w.pitch);
+    const auto weights = Form::along(w.scores, w.pitch, count, w.columns, w.scores_along);
+    product<Form>(weights, v, w.out, w.width, count, w.width, c.tokens, false);
     for (int64_t i = 0; i < count; ++i) {
       T* to = static_cast<T*>(c.y) + ((sample * c.tokens + first + i) * c.heads + head) * c.d;
       write_row(to, c.d, w.out + i * w.width, A(1) / totals[i]);
@@ -100,44 +110,55 @@ void forward(const AttentionCase& c, int64_t item, void* memory) {
 
 // scores ← the weights that v was multiplied by, dscores ← the gradient of the scores, from that of these weights.
 template <class T>
-void differentiate_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, const Workspace<T>& w,
+void differentiate_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, int64_t columns,
                        Vector<T>* scores, Vector<T>* dscores) {
   using A = Accumulator<T>;
   using V = Vector<T>;
-  limit_row(c, query, scores, w.columns);
+  limit_row(c, query, scores, columns);
   const A lse = static_cast<const A*>(c.lse)[(sample * c.heads + head) * c.tokens + query];
-  for (int64_t j = 0; j < w.columns; ++j) scores[j] = exponential(scores[j] - lse);
+  for (int64_t j = 0; j < columns; ++j) scores[j] = exponential(scores[j] - lse);
   if (c.dropout.scale != 0.0f)
     along_dropout<V>(c, sample, head, query, [&](int64_t j, V kept) { dscores[j] *= kept; });
   V sum{};
-  for (int64_t j = 0; j < w.columns; ++j) sum += scores[j] * dscores[j];
+  for (int64_t j = 0; j < columns; ++j) sum += scores[j] * dscores[j];
   const A delta = horizontal_sum(sum);
-  for (int64_t j = 0; j < w.columns; ++j) dscores[j] = scores[j] * (dscores[j] - delta);
+  for (int64_t j = 0; j < columns; ++j) dscores[j] = scores[j] * (dscores[j] - delta);
   if (c.dropout.scale != 0.0f)
     along_dropout<V>(c, sample, head, query, [&](int64_t j, V kept) { scores[j] *= kept; });
 }
 
-template <class T>
+template <class T, class Form>
 void backward(const AttentionCase& c, int64_t item, void* memory) {
   using A = Accumulator<T>;
-  const Workspace<T> w(c, true, memory);
-  const int64_t sample = item / c.heads, head = item % c.heads, lanes = w.lanes;
+  const Workspace<T, Form> w(c, true, memory);
+  const int64_t sample = item / c.heads, head = item % c.heads;
   pack_keys<T>(c, sample, head, w);
-  transpose_matrix<A>(w.v, w.width, w.v_turned, w.pitch, w.columns, w.width);
+  const auto k_turned = Form::turned(w.k, w.width, w.rows, w.width, w.k_turned, w.pitch);
+  const auto v_turned = Form::turned(w.v, w.width, w.rows, w.width, w.v_turned, w.pitch);
+  const auto k = Form::stacked(w.k, w.width, w.rows, w.width, w.k_stacked);
   for (int64_t first = 0; first < c.tokens; first += kQueries) {
     const int64_t count = c.tokens - first < kQueries ? c.tokens - first : kQueries;
-    pack_queries<T>(c, sample, head, first, count, w);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      normed_row<T>(c, sample, head, first + i, 0, A(c.scale), w.q + i * w.width);
       read_row(token_row<T>(c.grad, sample, first + i, 0, head), c.grad.column, c.d, w.grad + i * w.width);
-    const int64_t row = w.width * lanes, across = w.pitch * lanes;
-    product(elements<A>(w.q), row, 1, w.k_turned, w.pitch, w.scores, w.pitch, count, w.columns, c.d, false);
-    product(elements<A>(w.grad), row, 1, w.v_turned, w.pitch, w.dscores, w.pitch, count, w.columns, c.d, false);
+    }
+    const auto q = Form::along(w.q, w.width, count, w.width, w.q_along);
+    const auto grad = Form::along(w.grad, w.width, count, w.width, w.grad_along);
+    product<Form>(q, k_turned, w.scores, w.pitch, count, w.columns, c.d, false);
+    product<Form>(grad, v_turned, w.dscores, w.pitch, count, w.columns, c.d, false);
     for (int64_t i = 0; i < count; ++i)
-      differentiate_row<T>(c, sample, head, first + i, w, w.scores + i * w.pitch, w.dscores + i * w.pitch);
-    // Down the columns of the scores: the queries of this block are what is summed over.
-    product(elements<A>(w.scores), 1, across, w.grad, w.width, w.dv, w.width, c.tokens, w.width, count, first > 0);
-    product(elements<A>(w.dscores), 1, across, w.q, w.width, w.dk, w.width, c.tokens, w.width, count, first > 0);
-    product(elements<A>(w.dscores), across, 1, w.k, w.width, w.out, w.width, count, w.width, c.tokens, false);
+      differentiate_row<T>(c, sample, head, first + i, w.columns, w.scores + i * w.pitch, w.dscores + i * w.pitch);
+    // dV and dK: sums over the queries of this block, which may come in pairs.
+    end_with_zeros(count, w.columns, w.pitch, w.scores), end_with_zeros(count, w.columns, w.pitch, w.dscores);
+    end_with_zeros(count, w.width, w.width, w.grad), end_with_zeros(count, w.width, w.width, w.q);
+    const auto weights = Form::down(w.scores, w.pitch, count, w.columns, w.scores_down);
+    const auto dweights = Form::down(w.dscores, w.pitch, count, w.columns, w.dscores_down);
+    const auto grad_stacked = Form::stacked(w.grad, w.width, count, w.width, w.grad_stacked);
+    const auto q_stacked = Form::stacked(w.q, w.width, count, w.width, w.q_stacked);
+    product<Form>(weights, grad_stacked, w.dv, w.width, c.tokens, w.width, count, first > 0);
+    product<Form>(dweights, q_stacked, w.dk, w.width, c.tokens, w.width, count, first > 0);
+    const auto dscores = Form::along(w.dscores, w.pitch, count, w.columns, w.dscores_along);
+    product<Form>(dscores, k, w.out, w.width, count, w.width, c.tokens, false);
     for (int64_t i = 0; i < count; ++i) {
       Vector<T>* dq = w.out + i * w.width;
       for (int64_t j = 0; j < w.width; ++j) dq[j] *= A(c.scale);
@@ -151,14 +172,21 @@ void backward(const AttentionCase& c, int64_t item, void* memory) {
   }
 }
 
-template <class T>
-int64_t forward_bytes(const AttentionCase& c) { return Workspace<T>(c, false, nullptr).bytes; }
-template <class T>
-int64_t backward_bytes(const AttentionCase& c) { return Workspace<T>(c, true, nullptr).bytes; }
+template <class T, class Form>
+int64_t forward_bytes(const AttentionCase& c) { return Workspace<T, Form>(c, false, nullptr).bytes; }
+template <class T, class Form>
+int64_t backward_bytes(const AttentionCase& c) { return Workspace<T, Form>(c, true, nullptr).bytes; }
 
-#define SDP_ALL_DTYPES(KERNEL) {KERNEL<double>, KERNEL<float>, KERNEL<BFloat16>, KERNEL<Float16>}
-extern const AttentionTable attention_table = {SDP_ALL_DTYPES(forward), SDP_ALL_DTYPES(backward),
-                                               SDP_ALL_DTYPES(forward_bytes), SDP_ALL_DTYPES(backward_bytes)};
+#ifdef SDP_BF16_PAIRS
+#define SDP_PAIRS(KERNEL) KERNEL<BFloat16, Paired>
+#else
+#define SDP_PAIRS(KERNEL) nullptr
+#endif
+#define SDP_ALL_FORMS(KERNEL)                                                                            \
+  {KERNEL<double, Accumulated<double>>,  KERNEL<float, Accumulated<float>>, KERNEL<BFloat16, Accumulated<float>>, \
+   KERNEL<Float16, Accumulated<float>>, SDP_PAIRS(KERNEL)}
+extern const AttentionTable attention_table = {SDP_ALL_FORMS(forward), SDP_ALL_FORMS(backward),
+                                               SDP_ALL_FORMS(forward_bytes), SDP_ALL_FORMS(backward_bytes)};
 
 }  // namespace SDP_LEVEL_NAMESPACE
 }  // namespace sdp
@@ -183,6 +211,14 @@ Scratch padded(const OptionalTensor& parameter, int dtype) {
     for (int64_t i = 0; i < count; ++i) wide.write(i, static_cast<double>(p[i * stride]), dtype);
   });
   return wide;
+}
+
+bool multiplies_pairs() {
+#if SDP_LEVELS == 3 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 // Everything that forward and backward have in common; owns the widened parameters that the case points at.
@@ -210,9 +246,11 @@ struct Call {
   }
 
   // Runs a kernel over all heads of all samples; what an item computes does not depend on which thread does it.
-  template <class Kernel, class Bytes>
-  void run(Kernel kernel, Bytes bytes_needed) const {
-    const int64_t needed = bytes_needed(c);
+  template <class Kernels, class Bytes>
+  void run(const Kernels& kernels, const Bytes& bytes_needed) const {
+    const int form = dtype == kBFloat16 && kernels[kBFloat16Pairs] != nullptr && multiplies_pairs() ? kBFloat16Pairs : dtype;
+    const int64_t needed = bytes_needed[form](c);
+    const auto kernel = kernels[form];
     parallel(items, c.tokens * c.tokens * c.d, [&](int64_t begin, int64_t end) {
       const Scratch memory(needed);
       for (int64_t item = begin; item < end; ++item) kernel(c, item, memory.get());
@@ -229,7 +267,7 @@ struct Call {
             static_cast<uint32_t>(state[step]),
             static_cast<uint32_t>(layer * 4 + kStream),
             static_cast<uint32_t>(state[2 * step]),
-            static_cast<uint32_t>(std::nearbyint(rate * 4294967296.0)),
+            static_cast<uint32_t>(std::min(std::nearbyint(rate * 4294967296.0), 4294967295.0)),
             static_cast<float>(1.0 / (1.0 - rate))};
   }
 };
@@ -245,7 +283,7 @@ std::tuple<Tensor, Tensor> register_attention_fwd(const Tensor& qkv, const Optio
   Tensor lse = torch::stable::new_empty(qkv, {qkv.size(0), c.heads, c.tokens}, accumulator_dtype(qkv));
   c.y = mutable_bytes(y), c.lse = mutable_bytes(lse);
   const AttentionTable& table = SDP_ACTIVE_TABLE(attention_table);
-  call.run(table.forward[call.dtype], table.forward_bytes[call.dtype]);
+  call.run(table.forward, table.forward_bytes);
   return {y, lse};
 }
 
@@ -263,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> register_attention_bwd(
   c.grad = {const_cast<char*>(bytes(grad)), grad.stride(0), grad.stride(1), 0, c.d * grad.stride(2), grad.stride(2)};
   c.lse = const_cast<char*>(bytes(lse)), c.dqkv = mutable_bytes(dqkv), c.norm_gradients = sums.get();
   const AttentionTable& table = SDP_ACTIVE_TABLE(attention_table);
-  call.run(table.backward[call.dtype], table.backward_bytes[call.dtype]);
+  call.run(table.backward, table.backward_bytes);
 
   const bool normed = q_weight || k_weight;
   const std::vector<double> total = block_sums(sums, normed ? call.items : 0, 4 * kHeadLimit, call.dtype);

@@ -26,11 +26,15 @@ struct AttentionCase {
   DropoutSource dropout;       // positions count (head, query, key) row-major within a sample
 };
 
+// The dtypes, and bf16 once more for processors that multiply pairs of them; null at levels without.
+constexpr int kBFloat16Pairs = kDtypes, kAttentionForms = kDtypes + 1;
+
 struct AttentionTable {
-  void (*forward[kDtypes])(const AttentionCase&, int64_t item, void* memory);  // an item is one head of one sample
-  void (*backward[kDtypes])(const AttentionCase&, int64_t item, void* memory);
-  int64_t (*forward_bytes[kDtypes])(const AttentionCase&);  // of memory, aligned to a cache line
-  int64_t (*backward_bytes[kDtypes])(const AttentionCase&);
+  // An item is one head of one sample; memory is of as many bytes as the other two say, aligned to a cache line.
+  void (*forward[kAttentionForms])(const AttentionCase&, int64_t item, void* memory);
+  void (*backward[kAttentionForms])(const AttentionCase&, int64_t item, void* memory);
+  int64_t (*forward_bytes[kAttentionForms])(const AttentionCase&);
+  int64_t (*backward_bytes[kAttentionForms])(const AttentionCase&);
 };
 SDP_DECLARE_TABLE(AttentionTable, attention_table)
 

@@ -1,8 +1,4 @@
-// What register attention is made of: products of small matrices, rows packed with their LayerNorm, the softmax's rows.
-//
-// A matrix is rows of vectors, `pitch` vectors apart. All products are one form: rows of A, broadcast element by element,
-// times rows of vectors of B. The pitch of matrices that are read down their columns is odd, so that neighbouring rows fall
-// into different sets of the cache.
+// What register attention does to rows: packed with their LayerNorm and back, the limits and masks of the softmax's rows.
 #pragma once
 #include "cpu/activations.h"
 #include "cpu/register_attention_case.h"
@@ -10,63 +6,7 @@
 namespace sdp {
 namespace {
 
-// Rows × vectors of a product held in registers: 24 + 3 + 1 of AVX-512's 32, 12 + 3 + 1 and 8 + 2 + 1 of 16 below.
-constexpr int kTileRows = SDP_LEVEL == 2 ? 8 : 4, kTileColumns = SDP_LEVEL == 0 ? 2 : 3;
 constexpr int64_t kQueries = 32;  // rows of the score matrix in memory at a time
-
-constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// c[i, j] = (add ? c[i, j] : 0) + Σₖ a[i · a_row + k · a_step] · b[k, j] for M rows i and N vectors j.
-template <int M, int N, class V, class A>
-inline void tile(const A* a, int64_t a_row, int64_t a_step, const V* b, int64_t b_pitch, V* c, int64_t c_pitch,
-                 int64_t depth, bool add) {
-  V sums[M][N];
-  SDP_UNROLL for (int i = 0; i < M; ++i)
-    SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = add ? c[i * c_pitch + j] : V{};
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_pitch) {
-    V row[N];
-    SDP_UNROLL for (int j = 0; j < N; ++j) row[j] = b[j];
-    SDP_UNROLL for (int i = 0; i < M; ++i) {
-      const V factor = V{} + a[i * a_row];
-      SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] += factor * row[j];
-    }
-  }
-  SDP_UNROLL for (int i = 0; i < M; ++i)
-    SDP_UNROLL for (int j = 0; j < N; ++j) c[i * c_pitch + j] = sums[i][j];
-}
-
-template <int N, class V, class A>
-void product_columns(const A* a, int64_t a_row, int64_t a_step, const V* b, int64_t b_pitch, V* c, int64_t c_pitch,
-                     int64_t rows, int64_t depth, bool add) {
-  for (int64_t i = 0; i < rows; i += kTileRows)
-    tile<kTileRows, N>(a + i * a_row, a_row, a_step, b, b_pitch, c + i * c_pitch, c_pitch, depth, add);
-}
-
-// Whole matrices; the rows are rounded up to kTileRows, which A and C have to have.
-template <class V, class A>
-void product(const A* a, int64_t a_row, int64_t a_step, const V* b, int64_t b_pitch, V* c, int64_t c_pitch, int64_t rows,
-             int64_t columns, int64_t depth, bool add) {
-  while (columns > 0) {
-    const int64_t width = columns == 4 || columns < kTileColumns ? (columns < 2 ? columns : 2) : kTileColumns;
-    if (width == 3) product_columns<kTileColumns>(a, a_row, a_step, b, b_pitch, c, c_pitch, rows, depth, add);
-    else if (width == 2) product_columns<2>(a, a_row, a_step, b, b_pitch, c, c_pitch, rows, depth, add);
-    else product_columns<1>(a, a_row, a_step, b, b_pitch, c, c_pitch, rows, depth, add);
-    b += width, c += width, columns -= width;
-  }
-}
-
-// to[j, i] = from[i, j], both of elements; `rows` and `columns` in squares of a vector's lanes.
-template <class A, class V>
-void transpose_matrix(const V* from, int64_t from_pitch, V* to, int64_t to_pitch, int64_t rows, int64_t columns) {
-  constexpr int lanes = VectorOf<A>::lanes;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      V square[lanes];
-      for (int lane = 0; lane < lanes; ++lane) square[lane] = from[(i * lanes + lane) * from_pitch + j];
-      transpose(square);
-      for (int lane = 0; lane < lanes; ++lane) to[(j * lanes + lane) * to_pitch + i] = square[lane];
-    }
-}
 
 // A row of d elements, `stride` apart, as vectors; lanes behind the last element are 0.
 template <class T>

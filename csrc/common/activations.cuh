@@ -14,8 +14,8 @@ namespace sdp {
 // In the order of the names in sdp_kernels/ops/activation.py.
 enum Activation : int { kNone, kKelu, kGelu, kFastGelu, kRelu, kTanh, kSigmoid, kLeakyRelu, kSelu, kActivations };
 
-// What a kernel is compiled for besides one activation: all of them, with a switch at run time. Only the activations that
-// models are mostly made of have kernels of their own, which keeps the library's build short.
+// What a kernel is compiled for besides one activation: all of them, with a switch at run time. Only the activations
+// that models are mostly made of have kernels of their own, which keeps the library's build short.
 constexpr int kAnyActivation = kActivations;
 
 template <class A>
@@ -42,8 +42,8 @@ constexpr double kSqrt2OverPi = 0.79788456080286535588, kFastGelu3 = 0.044715;  
 constexpr double kSeluScale = 1.0507009873554804934193, kSeluAlpha = 1.6732632423543772848170;
 constexpr double kLeakySlope = 0.01;
 
-// Φ(−a) = exp(−a²/2) · R(a) for a = |x| ≥ 0, R a polynomial in t = 1/(1 + 0.26·a) with a relative error of 2e-8 (minimax;
-// the form is Abramowitz and Stegun's 7.1.26). From a = 13.2 on, the bell stays what it is there, 1e-38.
+// Φ(−a) = exp(−a²/2) · R(a) for a = |x| ≥ 0, R a polynomial in t = 1/(1 + 0.26·a) with a relative error of 2e-8
+// (minimax; the form is Abramowitz and Stegun's 7.1.26). From a = 13.2 on, the bell stays what it is there, 1e-38.
 __device__ __forceinline__ Activated<float> gelu(float x) {
   const float magnitude = fabsf(x), a = magnitude > 13.2f ? 13.2f : magnitude;
   const float bell = exp2f(a * a * -0.72134752044f), t = reciprocal(a * 0.26f + 1.0f);
@@ -109,8 +109,8 @@ __device__ __forceinline__ Activated<A> activated(A x, int activation) {
   return {x, A(1)};
 }
 
-// Calls body(constant) once for all elements of a pack: the switch at run time, where there is one, stands outside of the
-// loop over them.
+// Calls body(constant) once for all elements of a pack: the switch at run time, where there is one, stands outside of
+// the loop over them.
 template <int Kind, class Body>
 __device__ __forceinline__ void with_activation(int activation, const Body& body) {
   if constexpr (Kind != kAnyActivation) {

@@ -8,6 +8,8 @@
 
 namespace sdp {
 
+constexpr int64_t kForwardTurns = 4;  // of a forward block: what is found once for all its rows costs a fraction then
+
 template <class A>
 EpilogueCase<A> epilogue_case(int64_t batch, int64_t tokens, int64_t columns, int64_t registers, int activation) {
   EpilogueCase<A> c{};
@@ -50,7 +52,10 @@ EpiloguePlan epilogue_plan(EpilogueCase<Accumulator<T>>& c, bool backward, int64
   const int64_t lines = kEpilogueThreads / c.lanes;
   const bool common = plan.packed && c.activation <= kGelu;
   if (!backward) {
-    c.block_rows = lines * epilogue_depth(common ? c.activation : kAnyActivation);
+    const int64_t step = lines * epilogue_depth(common ? c.activation : kAnyActivation);
+    int64_t turns = ceil_div(c.rows, step) * c.strips / (multiprocessors * 16);  // several blocks for each place
+    turns = turns < 1 ? 1 : turns > kForwardTurns ? kForwardTurns : turns;
+    c.block_rows = step * turns;
     plan.chunks = ceil_div(c.rows, c.block_rows);
     plan.geometry = {c.strips * plan.chunks, kEpilogueThreads, 0};
     return plan;

@@ -17,7 +17,7 @@ template <class T, class R>
 constexpr int backward_resident = sizeof(R) > sizeof(T) ? 2 : 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // computes in pairs, which takes more registers
 template <class T, class R>
-constexpr int forward_bound = sizeof(T) == 2 ? 3 : 4;
+constexpr int forward_bound = sizeof(R) > sizeof(T) ? 2 : 3;
 template <class T, class R>
 constexpr int backward_bound = sizeof(T) == 2 ? 2 : 3;
 #else
@@ -27,56 +27,66 @@ template <class T, class R>
 constexpr int backward_bound = backward_resident<T, R>;
 #endif
 
+// One row's share of forward.
+template <class T, class R, int Kind, bool Packed>
+__device__ __forceinline__ void forward_row(const EpilogueCase<Accumulator<T>>& c, const EpiloguePlace& here,
+                                            int64_t row, float keep, Columns<T, kPackSize<T>>& z,
+                                            Columns<R, kPackSize<T>>& residual) {
+  using A = Accumulator<T>;
+  constexpr int size = kPackSize<T>;
+  A values[size] = {};
+  residual.forget();
+  if (keep != 0) {
+    z.forget();
+    with_activation<Kind>(c.activation, [&](auto activation) {
+#pragma unroll
+      for (int j = 0; j < size; ++j) values[j] = activated<A>(widen(z[j]), activation).value * A(keep);
+    });
+    if (c.rng != nullptr) {
+      const uint32_t bits = kept_columns<size>(c, row_of(c, row), here.at);
+#pragma unroll
+      for (int j = 0; j < size; ++j) values[j] *= bits >> j & 1 ? A(c.kept) : A(0);
+    }
+    if (c.scale != nullptr) {  // from the cache for every row: registers are dearer
+      A scale[size];
+      load_scale<Packed, T>(scale, c, here.at);
+#pragma unroll
+      for (int j = 0; j < size; ++j) values[j] *= scale[j];
+    }
+  }
+  Columns<R, size> y;
+#pragma unroll
+  for (int j = 0; j < size; ++j)
+    y[j] = narrow<R>(c.residual.data == nullptr ? values[j] : values[j] + widen(residual[j]));
+  store_columns<Packed>(static_cast<R*>(c.out) + row * c.columns, here.at, c.columns, y);
+}
+
 // y = residual + mask · γ · drop(act(z)); register rows are the residual's, or 0.
 template <class T, class R, int Kind, bool Packed>
 __global__ void __launch_bounds__(kEpilogueThreads, (forward_bound<T, R>))
     linear_epilogue_rows_fwd(const EpilogueCase<Accumulator<T>> c) {
-  using A = Accumulator<T>;
   constexpr int size = kPackSize<T>, depth = epilogue_depth(Kind);
   const EpiloguePlace here = place_of<T>(c);
   if (here.at >= c.columns) return;
-  const int64_t first = chunk_of(c) * c.block_rows + here.line;
-  RowPlace row = row_of(c, first);
-  Columns<T, size> zs[depth];
-  Columns<R, size> residuals[depth];
-  float keeps[depth];
+  const int64_t last = (chunk_of(c) + 1) * c.block_rows, end = last < c.rows ? last : c.rows;
+  RowPlace row = row_of(c, chunk_of(c) * c.block_rows + here.line);
+  while (row.row < end) {
+    const int64_t first = row.row;
+    Columns<T, size> zs[depth];
+    Columns<R, size> residuals[depth];
+    float keeps[depth];
 #pragma unroll
-  for (int i = 0; i < depth; ++i) {
-    keeps[i] = keep_of(c, row);
-    if (keeps[i] != 0) zs[i] = load_columns<Packed, size, T>(c.z, row, here.at, c.columns);
-    if (row.row < c.rows && c.residual.data != nullptr)
-      residuals[i] = load_columns<Packed, size, R>(c.residual, row, here.at, c.columns);
-    advance(c, row, here.lines);
-  }
-  A scale[size];
-  if (c.scale != nullptr) load_scale<Packed, T>(scale, c, here.at);
-#pragma unroll
-  for (int i = 0; i < depth; ++i) {
-    const int64_t at_row = first + i * here.lines;
-    if (at_row >= c.rows) return;
-    A values[size] = {};
-    residuals[i].forget();
-    if (keeps[i] != 0) {
-      zs[i].forget();
-      with_activation<Kind>(c.activation, [&](auto activation) {
-#pragma unroll
-        for (int j = 0; j < size; ++j) values[j] = activated<A>(widen(zs[i][j]), activation).value * A(keeps[i]);
-      });
-      if (c.rng != nullptr) {
-        const uint32_t bits = kept_columns<size>(c, row_of(c, at_row), here.at);
-#pragma unroll
-        for (int j = 0; j < size; ++j) values[j] *= bits >> j & 1 ? A(c.kept) : A(0);
-      }
-      if (c.scale != nullptr) {
-#pragma unroll
-        for (int j = 0; j < size; ++j) values[j] *= scale[j];
-      }
+    for (int i = 0; i < depth; ++i) {
+      keeps[i] = row.row < end ? keep_of(c, row) : 0;
+      if (keeps[i] != 0) zs[i] = load_columns<Packed, size, T>(c.z, row, here.at, c.columns);
+      if (row.row < end && c.residual.data != nullptr)
+        residuals[i] = load_columns<Packed, size, R>(c.residual, row, here.at, c.columns);
+      advance(c, row, here.lines);
     }
-    Columns<R, size> y;
 #pragma unroll
-    for (int j = 0; j < size; ++j)
-      y[j] = narrow<R>(c.residual.data == nullptr ? values[j] : values[j] + widen(residuals[i][j]));
-    store_columns<Packed>(static_cast<R*>(c.out) + at_row * c.columns, here.at, c.columns, y);
+    for (int i = 0; i < depth; ++i)
+      if (first + i * here.lines < end)
+        forward_row<T, R, Kind, Packed>(c, here, first + i * here.lines, keeps[i], zs[i], residuals[i]);
   }
 }
 
@@ -196,7 +206,8 @@ __global__ void __launch_bounds__(kEpilogueStrips* kWarp)
   A sum = 0;
   if (column < sums * columns) {
 #pragma unroll 8
-    for (int64_t chunk = strip; chunk < chunks; chunk += kEpilogueStrips) sum += partial[chunk * sums * columns + column];
+    for (int64_t chunk = strip; chunk < chunks; chunk += kEpilogueStrips)
+      sum += partial[chunk * sums * columns + column];
   }
   slots[threadIdx.x] = sum;
   __syncthreads();

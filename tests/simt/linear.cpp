@@ -25,8 +25,8 @@ sdp::EpilogueCase<A> case_of(const int64_t* sizes, const int64_t* numbers, const
 }
 
 template <class R>
-void forward(sdp::EpilogueCase<A>& c, int64_t* told) {
-  const sdp::EpiloguePlan plan = sdp::epilogue_plan<T, R>(c, false);
+void forward(sdp::EpilogueCase<A>& c, int64_t multiprocessors, int64_t* told) {
+  const sdp::EpiloguePlan plan = sdp::epilogue_plan<T, R>(c, false, multiprocessors);
   told[0] = plan.packed, told[1] = c.lanes, told[2] = plan.chunks;
   sdp::linear_epilogue_forward<T, R>(c, plan, Launcher{});
 }
@@ -51,8 +51,8 @@ void linear_epilogue_fwd(const int64_t* sizes, const int64_t* views, const int64
                          const float* mask, double dropout, const int64_t* rng, void* y, int wide, int64_t* told) {
   auto c = case_of(sizes, numbers, scale, mask, dropout, rng);
   c.z = view(views, 0, sizes), c.residual = view(views, 1, sizes), c.out = y;
-  if (wide) forward<A>(c, told);
-  else forward<T>(c, told);
+  if (wide) forward<A>(c, numbers[4], told);
+  else forward<T>(c, numbers[4], told);
 }
 
 // views: z, grad. `wide`: grad is of the accumulator's type.

@@ -16,8 +16,9 @@ void call() {
   int64_t views[8] = {}, told[3];
   for (int t = 0; t < 2; ++t) {
     const int64_t count = number();
-    if (count > 0)
-      views[4 * t] = t == 1 && wide ? reinterpret_cast<int64_t>(memory<A>(count)) : reinterpret_cast<int64_t>(memory<T>(count));
+    void* data = nullptr;
+    if (count > 0) data = t == 1 && wide ? static_cast<void*>(memory<A>(count)) : memory<T>(count);
+    views[4 * t] = reinterpret_cast<int64_t>(data);
     for (int d = 1; d <= 3; ++d) views[4 * t + d] = number();
   }
   const int64_t elements = sizes[0] * sizes[1] * sizes[2];
@@ -27,7 +28,8 @@ void call() {
   int64_t* rng = memory<int64_t>(3);
   if (backward) {
     A *dscale = memory<A>(scaled ? sizes[2] : 0), *dbias = memory<A>(sizes[2]);
-    linear_epilogue_bwd(sizes, views, numbers, scale, mask, dropout, rng, memory<T>(elements), dscale, dbias, wide, told);
+    T* dz = memory<T>(elements);
+    linear_epilogue_bwd(sizes, views, numbers, scale, mask, dropout, rng, dz, dscale, dbias, wide, told);
   } else {
     void* y = wide ? static_cast<void*>(memory<A>(elements)) : memory<T>(elements);
     linear_epilogue_fwd(sizes, views, numbers, scale, mask, dropout, rng, y, wide, told);

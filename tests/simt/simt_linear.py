@@ -49,13 +49,13 @@ def _common(z, other, activation, layer_scale, path_mask, registers, dropout, rn
 
 def epilogue_fwd(
     z: Tensor, activation="none", layer_scale=None, path_mask=None, residual=None, registers=0, dropout=0.0, rng=None,
-    layer=0, shift=0,
+    layer=0, multiprocessors=132, shift=0,
 ) -> tuple[Tensor, Told]:  # fmt: skip
     """(y, told) as ``linear_epilogue_fwd`` gives it; ``shift``: of y from an alignment of 16 bytes."""
     told = Told()
     dtype = z.dtype if residual is None else residual.dtype
     y = told.out(torch.empty(z.shape, dtype=dtype), shift)
-    common = _common(z, residual, activation, layer_scale, path_mask, registers, dropout, rng, layer, 132)
+    common = _common(z, residual, activation, layer_scale, path_mask, registers, dropout, rng, layer, multiprocessors)
     emulator.library("linear", z.dtype).linear_epilogue_fwd(
         *common, emulator.pointer(y), int(dtype == emulator.wide_dtype(z.dtype)), told.numbers
     )

@@ -208,6 +208,12 @@ def test_no_rows_and_no_columns():
         assert dz.shape == shape and torch.equal(dscale, 0 * scale) and torch.equal(dbias, 0 * scale)
 
 
+def test_forward_blocks_go_round_where_there_are_enough_rows():
+    z = torch.zeros(1, 300, 1032)
+    few, many = (epilogue_fwd(z, "kelu", multiprocessors=n)[1].chunks for n in (132, 1))
+    assert few == -(-300 // 64) and many == -(-300 // 256)
+
+
 def test_how_sums_are_split_depends_on_the_shape_alone():
     z, scale = torch.randn(3, 900, 40), torch.ones(40)
     told = [epilogue_bwd(t, t, "kelu", scale)[3].chunks for t in (z, z.mT.contiguous().mT, z[:, :1].expand(z.shape))]

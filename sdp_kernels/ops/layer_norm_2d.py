@@ -63,6 +63,30 @@ class _LayerNorm2d(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+class _LayerNorm2dBeside(torch.autograd.Function):
+    """The norm and x itself, whose gradient joins in the norm's backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps: float, registers: int, backend: str):
+        y, mean, rstd, _ = launch(backend, "layer_norm_2d_fwd", x, None, weight, bias, eps, registers)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.registers, ctx.backend = eps, registers, backend
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx, grad_x, grad):
+        return *_backward_of_both(ctx, grad_x, grad), None, None, None
+
+
+def _backward_of_both(ctx, grad_sum, grad) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) where what was normalised is an output as well."""
+    x, weight, mean, rstd = ctx.saved_tensors
+    if differentiating_twice():
+        dx, dw, db = reference.layer_norm_2d.layer_norm_2d_bwd(grad, x, weight, ctx.eps, ctx.registers)
+        return dx + grad_sum, dw, db
+    return launch(ctx.backend, "layer_norm_2d_bwd", grad, grad_sum, x, weight, mean, rstd, ctx.registers)
+
+
 class _AddLayerNorm2d(torch.autograd.Function):
     """Residual add, then norm. Keeps the sum, which is an output anyway, instead of the two addends."""
 
@@ -75,14 +99,7 @@ class _AddLayerNorm2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_sum, grad):
-        total, weight, mean, rstd = ctx.saved_tensors
-        if differentiating_twice():
-            dx, dw, db = reference.layer_norm_2d.layer_norm_2d_bwd(grad, total, weight, ctx.eps, ctx.registers)
-            dx = dx + grad_sum
-        else:
-            dx, dw, db = launch(
-                ctx.backend, "layer_norm_2d_bwd", grad, grad_sum, total, weight, mean, rstd, ctx.registers
-            )
+        dx, dw, db = _backward_of_both(ctx, grad_sum, grad)
         return dx, dx, dw, db, None, None, None
 
 
@@ -93,6 +110,7 @@ def layer_norm_2d(
     eps: float = 1e-6,
     *,
     residual: Tensor | None = None,
+    with_input: bool = False,
     registers: int = 0,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,12 +122,15 @@ def layer_norm_2d(
         weight, bias: (C,) in x's dtype or float32.
         eps: positive, added to the variance.
         residual: of x's shape and dtype; added first, and the sum (rounded to x's dtype) is returned as well.
+        with_input: return x as well, for the residual branch around the norm: what goes back through it is added in
+            the norm's backward pass, not in one of its own.
         registers: rows at the front of each sample of a token buffer that are written as 0 and take no part in
             dweight and dbias (residual rows are added all the same).
         backend: run this backend or raise; None chooses.
 
     Returns:
-        y of x's shape and dtype, in x's memory layout where x is dense; with ``residual`` the pair (sum, y).
+        y of x's shape and dtype, in x's memory layout where x is dense; with ``residual`` the pair (sum, y), with
+        ``with_input`` the pair (x, y).
 
     Statistics are fp32 (fp64 for float64). Backward keeps x (or the sum) and mean and rstd, 8 bytes per pixel.
     Twice differentiable in eager mode. Computes in fp32 under autocast; the result has x's dtype.
@@ -131,12 +152,16 @@ def layer_norm_2d(
     check_residual(residual, x.shape, x)
     if residual is not None and residual.dtype != x.dtype:
         raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
+    if with_input and residual is not None:
+        raise ValueError("with_input must be False when there is a residual, whose sum with x is returned")
     chosen = choose("layer_norm_2d", x, backend)
     if chosen == "reference":
         if residual is None:
-            return reference.layer_norm_2d.layer_norm_2d(x, weight, bias, eps, registers)
+            y = reference.layer_norm_2d.layer_norm_2d(x, weight, bias, eps, registers)
+            return (x, y) if with_input else y
         total = x + residual
         return total, reference.layer_norm_2d.layer_norm_2d(total, weight, bias, eps, registers)
     if residual is None:
-        return _LayerNorm2d.apply(x, weight, bias, float(eps), registers, chosen)
+        form = _LayerNorm2dBeside if with_input else _LayerNorm2d
+        return form.apply(x, weight, bias, float(eps), registers, chosen)
     return _AddLayerNorm2d.apply(x, other_than(x, residual), weight, bias, float(eps), registers, chosen)

@@ -55,6 +55,10 @@ class Norm(Part):
     def forward(self, x: Tensor) -> Tensor:
         return sdp_kernels.layer_norm_2d(x, self.weight, self.bias, self.eps, backend=self.backend)
 
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, normed x) for a residual branch: x's gradients from both join in the norm's backward pass."""
+        return sdp_kernels.layer_norm_2d(x, self.weight, self.bias, self.eps, with_input=True, backend=self.backend)
+
 
 class Affine(nn.Module):
     """Weight and bias (C,) of a LayerNorm that another operator applies."""
@@ -150,10 +154,12 @@ class Encoder(Part):
 
     def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
         path = {"drop_path": self.drop_path if self.training else 0.0, "rng": rng}
-        h = self.attention(self.norm1(x), rng)
+        x, h = self.norm1.branch(x)
+        h = self.attention(h, rng)
         rate = self.projection_dropout if self.training else 0.0
         x = self.out(h, layer_scale=self.scale1, residual=x, dropout=rate, layer=self.projection_layer, **path)
-        h = self.hidden(self.norm2(x), rng)
+        x, h = self.norm2.branch(x)
+        h = self.hidden(h, rng)
         rate = self.dropout if self.training else 0.0
         return self.down(h, layer_scale=self.scale2, residual=x, dropout=rate, layer=self.down_layer, **path)
 

@@ -249,3 +249,26 @@ def test_module():
     tokens = normal(2, 5, 6, dtype=torch.float32)
     assert torch.equal(module(tokens), sk.layer_norm_2d(tokens, module.weight, module.bias, 1e-3, registers=2))
     assert not module(tokens)[:, :2].any()
+
+
+@on_backends_of("layer_norm_2d")
+@pytest.mark.parametrize("shape", [(2, 7, 5), (2, 5, 3, 4)], ids=["tokens", "picture"])
+def test_with_input_joins_the_gradients(backend, shape):
+    """The same numbers as x beside the norm, both gradients of x in one; the second derivative too."""
+    x, grads = normal(*shape), [normal(*shape, seed=i) for i in (3, 4)]
+    weight, bias = normal(5, seed=1), normal(5, seed=2)
+
+    def together(x, *p):
+        return sk.layer_norm_2d(x, *p, 1e-6, with_input=True, backend=backend)
+
+    def apart(x, *p):
+        return x, sk.layer_norm_2d(x, *p, 1e-6, backend=backend)
+
+    got, wanted = (differentiate(f, [x, weight, bias], grads) for f in (together, apart))
+    assert torch.equal(got[0][0], x)
+    for a, b in zip(sum(got, ()), sum(wanted, ()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    leaves = [t.requires_grad_() for t in (x[:1].clone(), weight, bias)]
+    assert torch.autograd.gradgradcheck(together, leaves, fast_mode=True)
+    with pytest.raises(ValueError, match="with_input"):
+        sk.layer_norm_2d(x, weight, bias, residual=x, with_input=True, backend=backend)

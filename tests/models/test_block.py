@@ -28,6 +28,7 @@ OPTIONS = {
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 COPIES = ("aten::copy_", "aten::clone", "aten::cat", "aten::_to_copy", "aten::slice_backward", "aten::contiguous")
+SUMS = ("aten::add", "aten::add_")
 
 
 def make(fused, dtype, **options):
@@ -60,8 +61,8 @@ def inside(event, name):
     return event is not None
 
 
-def large_copies(block, batch, autocast):
-    """Names of the copies of B·T·C elements or more, with their shapes.
+def large_passes(block, batch, autocast):
+    """Names of the copies and sums of B·T·C elements or more, with their shapes.
 
     Not those inside addmm: on the CPU that is how PyTorch's own GEMM begins with its bias.
     """
@@ -76,7 +77,7 @@ def large_copies(block, batch, autocast):
     return {
         (event.name, str(event.input_shapes))
         for event in events
-        if event.name in COPIES
+        if event.name in COPIES + SUMS
         and not inside(event, "aten::addmm")
         and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if isinstance(shape, list))
     }
@@ -85,13 +86,15 @@ def large_copies(block, batch, autocast):
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
 @every_option
 def test_fused_block_copies_nothing_as_large_as_the_token_buffer(options, autocast):
-    """With parameters so few that a copy of one of them is smaller."""
+    """And adds nothing so large: gradients of residuals join in a norm's backward pass, except that of a gate's input.
+
+    With parameters so few that a copy of one of them is smaller.
+    """
     dtype = torch.float32 if autocast else torch.bfloat16
-    batch = 16
-    found = large_copies(make(True, dtype, **options), batch, autocast)
-    assert found == set()
-    found = large_copies(make(False, dtype, **options), batch, autocast)
-    assert {"aten::copy_", "aten::clone", "aten::_to_copy"} <= {name for name, _ in found}
+    found = large_passes(make(True, dtype, **options), 16, autocast)
+    assert len(found) == 0 or ("gated_ffn" in options and {name for name, _ in found} == {"aten::add"}), found
+    found = large_passes(make(False, dtype, **options), 16, autocast)
+    assert {"aten::copy_", "aten::clone", "aten::_to_copy", "aten::add"} <= {name for name, _ in found}
 
 
 def live_bytes(block, x):

@@ -60,7 +60,15 @@ def _convolution(dtype: str) -> list[Problem]:
     found += [p(3, c, *size, layout=n) for c in (1, 8, 96, 250) for size in sizes for n in PICTURES]
     found += [p(3, 16, 9, 11, layout=layout) for layout in ODD]
     found += [p(3, 16, 9, 11, layout=layout, grad=grad) for layout in PICTURES for grad in GRADS]
-    found += [p(3, r + 20, 48, layout="tokens", registers=r) for r in (0, 5)]
+    found += [
+        p(3, r + 20, c, layout="tokens", registers=r, kernel=k, normed=normed)
+        for k, c in ((3, 48), (5, 65), (7, 48), (9, 33))
+        for r in (0, 5)
+        for normed in (False, True)
+    ]
+    found += [p(3, 40, 9, 11, layout=n, kernel=k, normed=True) for k in (3, 7) for n in (*PICTURES, "image rows")]
+    found += [p(3, 25, 40, layout="tokens", registers=5, grad=grad) for grad in GRADS]
+    found += [p(16, 261, 768, layout="tokens", registers=5, normed=normed) for normed in (False, True)]
     found += [p(0, 8, 4, 4), p(16, 384, 16, 16), p(16, 384, 16, 16, layout="channels_last")]
     return list(dict.fromkeys(found))
 
@@ -104,7 +112,10 @@ def tiny(operator: str) -> list[Problem]:
             Problem("layer_norm_2d", (2, 6, 8), "bfloat16", "tokens", registers=2, residual=True),
             Problem("layer_norm_2d", (0, 8, 2, 2)),
         ],
-        "depthwise_conv2d": [Problem("depthwise_conv2d", (2, 5, 4, 4), kernel=3)],
+        "depthwise_conv2d": [
+            Problem("depthwise_conv2d", (2, 5, 4, 4), kernel=3),
+            Problem("depthwise_conv2d", (2, 6, 5), "bfloat16", "tokens", registers=2, kernel=3, normed=True),
+        ],
         "linear": [
             Problem("linear", (2, 6, 8), "bfloat16", registers=2, epilogue="kelu scale residual masks"),
             Problem("linear", (2, 3, 5), "float32", grad="swapped", epilogue="gelu"),
@@ -126,4 +137,6 @@ def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
     if operator == "layer_norm_2d":
         found += [Problem(operator, (2, 2304, 5, 4), "bfloat16", layout) for layout in PICTURES]
         found += [Problem(operator, (8, 261, 384), "bfloat16", "tokens", registers=5, residual=True)]
+    if operator == "depthwise_conv2d":
+        found += [Problem(operator, (8, 261, 384), "bfloat16", "tokens", registers=5, kernel=7, normed=True)]
     return found

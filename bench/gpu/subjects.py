@@ -40,11 +40,14 @@ class Problem:
     residual: bool = False
     kernel: int = 0
     wide_parameters: bool = False
+    normed: bool = False
+    """depthwise_conv2d normalises x as it loads it."""
     epilogue: str = ""
 
     @property
     def name(self) -> str:
         extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
+        extra += ["normed"] * self.normed
         extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
         extra += [self.epilogue] * bool(self.epilogue)
         extra += [f"gradient {self.grad}"] * (self.grad != "like y")
@@ -192,7 +195,8 @@ def _grid(problem: Problem) -> tuple[int, int] | None:
 def _conv_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
     x = inputs[0]
     over_rows = GRADIENT * problem.rows**0.5 * torch.finfo(accumulator(x.dtype)).eps
-    return [0.0, 0.0, over_rows * (x.abs().max().item() if x.numel() else 0.0), over_rows]
+    largest = (4 if problem.normed else 1) * x.abs().max().item() if x.numel() else 0.0
+    return [0.0, 0.0, over_rows * largest, over_rows]
 
 
 def _conv_inputs(problem: Problem, device: str) -> list[Tensor]:
@@ -201,13 +205,24 @@ def _conv_inputs(problem: Problem, device: str) -> list[Tensor]:
     return [x, weight, normal(problem, (problem.channels,), 3, device)]
 
 
+def _conv_options(problem: Problem, x: Tensor) -> dict:
+    """Statistics that are a function of each pixel alone, whatever else is in the batch; no gradients of theirs."""
+    options = {"grid": _grid(problem), "registers": problem.registers}
+    if problem.normed:
+        values, channels = x.detach().to(accumulator(x.dtype)), 1 if x.dim() == 4 else 2
+        rstd = 1 / (1 + values.select(channels, -1).abs())
+        weight, bias = (torch.linspace(*ends, problem.channels, device=x.device) for ends in ((0.5, 1.5), (-1, 1)))
+        options["norm"] = sdp_kernels.Norm(values.select(channels, 0), rstd, weight, bias)
+    return options
+
+
 CONVOLUTION = Subject(
     inputs=_conv_inputs,
-    ours=lambda problem, backend, *inputs: (
-        sdp_kernels.depthwise_conv2d(*inputs, grid=_grid(problem), registers=problem.registers, backend=backend),
+    ours=lambda problem, backend, x, *more: (
+        sdp_kernels.depthwise_conv2d(x, *more, **_conv_options(problem, x), backend=backend),
     ),
-    plain=lambda problem, *inputs: (
-        reference.depthwise_conv2d.depthwise_conv2d(*inputs, grid=_grid(problem), registers=problem.registers),
+    plain=lambda problem, x, *more: (
+        reference.depthwise_conv2d.depthwise_conv2d(x, *more, **_conv_options(problem, x)),
     ),
     slack=_conv_slack,
     parameters=2,

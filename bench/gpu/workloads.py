@@ -110,11 +110,41 @@ def _linear(key: list[str], dtype: torch.dtype, device: str, elements: int) -> W
     raise NoWorkloadError(f"no workload for linear's {key[1]!r}")
 
 
+def _depthwise_conv2d(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:
+    from sdp_kernels.triton import depthwise_conv2d
+
+    if key[1] not in ("convolve", "backward", "add_partials"):
+        raise NoWorkloadError(f"no workload for depthwise_conv2d's {key[1]!r}")
+    layout, k = ("rows", 7) if key[1] == "add_partials" else (key[2], int(key[3].removeprefix("k")))
+    channels, side = (768, 16) if elements > 2**20 else (8, 4)
+    shape = (max(2, elements // (channels * side * side)), channels, side, side)
+
+    def make(seed: int) -> list[Tensor]:
+        tensors = [_normal(shape, dtype, device, seed + i) for i in range(2)]
+        if layout != "columns":
+            tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+        weight, bias = (_normal(n, dtype, device, seed + 2) for n in ((channels, 1, k, k), (channels,)))
+        mean, rstd = (_normal((shape[0], side, side), torch.float32, device, seed + i) for i in (3, 4))
+        return [*tensors, weight, bias, mean, rstd]
+
+    def norm(mean: Tensor, rstd: Tensor, bias: Tensor) -> tuple:
+        return (mean, rstd, bias, bias) if layout == "normed rows" else (None,) * 4
+
+    if key[1] == "convolve":
+        return Workload(
+            make,
+            lambda g, x, w, b, m, r: [depthwise_conv2d.depthwise_conv2d_fwd(x, w, b, [], 0, *norm(m, r, b))],
+        )
+    return Workload(
+        make, lambda g, x, w, b, m, r: list(depthwise_conv2d.depthwise_conv2d_bwd(g, x, w, [], 0, *norm(m, r, b)))
+    )
+
+
 def workload(entry: str, device: str, *, tiny: bool) -> Workload:
     """Of the table's entry "operator/kernel/…/16bit". Raises NoWorkloadError."""
     key = entry.split("/")
     dtype = torch.bfloat16 if key[-1] == "16bit" else torch.float32
-    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear}
+    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear, "depthwise_conv2d": _depthwise_conv2d}
     if key[0] not in makers:
         raise NoWorkloadError(f"no workload for the operator {key[0]!r}")
     return makers[key[0]](key, dtype, device, 512 if tiny else BYTES // dtype.itemsize)

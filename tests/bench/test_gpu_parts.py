@@ -278,9 +278,9 @@ def test_a_proposal_has_the_committed_tables_format(tmp_path):
 
 
 def test_every_entry_of_the_table_has_a_workload_that_uses_it(monkeypatch):
-    from sdp_kernels.triton import kelu, layer_norm_2d, linear
+    from sdp_kernels.triton import _linear_gemm, depthwise_conv2d, kelu, layer_norm_2d, linear
 
-    for module in (kelu, layer_norm_2d, linear):
+    for module in (_linear_gemm, depthwise_conv2d, kelu, layer_norm_2d, linear):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     table = configurations.table("90")
     unused = []

@@ -39,6 +39,7 @@ RESULT = {
     "tried": [TRIED],
 }
 LIMITS = {"warps": (1, 32), "blocks": (32, 4096), "pixels": (1, 512), "ahead": (0, 1)}
+LIMITS |= {"programs": (33, 8448), "outputs": (1, 4), "groups": (1, 64), "fused": (0, 1)}
 LARGEST = 65536
 BETTER = 0.98
 """A candidate must take at most this share of the best time so far."""
@@ -57,13 +58,15 @@ def cases(setting: Setting) -> list[Item]:
     ordered = sorted(entries, key=lambda e: (not _used(e), e.rpartition("/")[2], e))
     if setting.rehearsal:
         ordered = ["kelu/forward/dense/16bit", "layer_norm_2d/backward/rows/16/32bit"]
+        ordered += ["depthwise_conv2d/backward/normed rows/k3/16bit"]
     return [Item(f"triton: {entry}", {"entry": entry}, 150, setting.variant) for entry in ordered if entry in entries]
 
 
 def _used(entry: str) -> bool:
     """By the models, which have 384, 768 and 1024 channels; these entries are searched first."""
     parts = entry.split("/")
-    return bool({"dense", "512", "1024"} & set(parts)) or parts[1:3] == ["add_partials", "narrow"]
+    seven = "k7" in parts and "columns" not in parts
+    return seven or bool({"dense", "512", "1024"} & set(parts)) or parts[1:3] == ["add_partials", "narrow"]
 
 
 class Watched(dict):

@@ -8,7 +8,7 @@ reasons. The choice reads metadata only, so ``torch.compile`` can trace it; it i
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,8 @@ class Backend:
     operators: set[str] = field(default_factory=set)
     absent: str | None = None
     """Why nothing of this backend can run here, e.g. a library that did not load."""
+    prefers: Callable[[str, Tensor, Tensor], bool] | None = None
+    """(optional kernel, x, weight) → whether it is to be run for them instead of the kernels that every backend has."""
 
     def unsupported_reasons(self, operator: str, device_type: str, dtype: torch.dtype) -> list[str]:
         """Why this backend cannot run ``operator`` on tensors of that device and dtype; empty when it can."""

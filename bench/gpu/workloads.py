@@ -107,7 +107,44 @@ def _linear(key: list[str], dtype: torch.dtype, device: str, elements: int) -> W
         return Workload(make, lambda g, z, s: [linear.linear_epilogue_fwd(z, "gelu", s, None, g, 5, 0.0, None, 0)])
     if key[1] in ("backward", "add_partials"):
         return Workload(make, lambda g, z, s: list(linear.linear_epilogue_bwd(g, z, "gelu", s, None, 5, 0.0, None, 0)))
+    if key[1] in ("gemm_forward", "gemm_backward", "form"):
+        return _linear_gemm(key, dtype, device, shape[:2])
     raise NoWorkloadError(f"no workload for linear's {key[1]!r}")
+
+
+def _linear_gemm(key: list[str], dtype: torch.dtype, device: str, rows: tuple[int, int]) -> Workload:
+    """A ConvMLP block's layers of that form, in the kernel of ours or, for a "form", in whichever it chooses."""
+    from sdp_kernels.triton import _linear_gemm as gemm
+    from sdp_kernels.triton import linear
+
+    c = 768 if rows[0] > 2 else 16
+    depth, columns = {"expand": (c, 4 * c), "project": (4 * c, c)}.get(key[3], (c, c))
+    forward = "forward" in (key[2], key[1].removeprefix("gemm_"))
+
+    def make(seed: int) -> list[Tensor]:
+        x, residual = (_normal((*rows, n), dtype, device, seed + i) for i, n in enumerate((depth, columns)))
+        if key[2] == "pointers":  # a batch stride that no descriptor has
+            residual = torch.cat([residual, residual[:, :1]], 1)[:, :-1]
+        return [x, residual, _normal((columns, depth), dtype, device, seed + 2) * depth**-0.5]
+
+    def ours(kernel: str, x: Tensor, weight: Tensor) -> bool:
+        return key[1] != "form" or gemm.prefers(kernel, x, weight)
+
+    def call_forward(x: Tensor, residual: Tensor, weight: Tensor) -> list[Tensor]:
+        epilogue = ("gelu", None, None, None if key[3] == "expand" else residual, 5, 0.0, None, 0)
+        if ours("linear_gemm_fwd", x, weight):
+            return [gemm.linear_gemm_fwd(x, weight, None, *epilogue, True)[0]]
+        return [linear.linear_epilogue_fwd(torch.nn.functional.linear(x, weight), *epilogue)]
+
+    def call_backward(z: Tensor, d: Tensor, weight: Tensor) -> list[Tensor]:
+        if key[2] == "pointers":
+            z, d, weight = d, z, weight.t().contiguous()
+        if ours("linear_gemm_bwd", z, weight):
+            return list(gemm.linear_gemm_bwd(d, weight, z, "gelu", 5)[:2])
+        h = linear.linear_epilogue_fwd(z, "gelu", None, None, None, 5, 0.0, None, 0)
+        return [linear.linear_epilogue_bwd(d @ weight, z, "gelu", None, None, 5, 0.0, None, 0)[0], h]
+
+    return Workload(make, call_forward if forward else call_backward)
 
 
 def _depthwise_conv2d(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:

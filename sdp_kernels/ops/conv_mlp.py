@@ -26,7 +26,7 @@ from ._checks import (
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_bwd, branch_fwd
+from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
 
 SCHEMAS = {}
 
@@ -98,18 +98,15 @@ class _ConvMLP(torch.autograd.Function):
         x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights = ctx.saved_tensors
         o, w = ctx.options, ConvMLPWeights(*weights)
         inner = Branch(o.activation, o.registers, o.backend)
-        outer, d = inner._replace(activation="none"), {}
+        d = {}
 
-        h = launch(o.backend, "linear_epilogue_fwd", hidden, o.activation, None, None, None, o.registers, 0.0, None, 0)
-        dh, d["project_weight"], d["project_bias"], d["layer_scale2"] = branch_bwd(
-            grad, h, None, w.project_weight, w.project_bias, w.layer_scale2, mask2, outer
+        dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale2"] = hidden_bwd(
+            grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner
         )
-        del h
         n = _norm(x1, w.norm2_weight, w.norm2_bias, o)[0].to(conv.dtype)
-        dn, d["expand_weight"], d["expand_bias"], _ = branch_bwd(
-            dh, n, hidden, w.expand_weight, w.expand_bias, None, None, inner
-        )
-        del n, dh
+        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
+        dn = dhidden @ w.expand_weight
+        del n, dhidden
         dx1, d["norm2_weight"], d["norm2_bias"] = launch(
             o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
         )

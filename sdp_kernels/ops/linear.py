@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backends import choose
+from ..backends import BACKENDS, choose
 from ..composed import linear as composed
 from ..reference.philox import drop_path_mask
 from ..reference.precision import accumulate_dtype, autocast_dtype
@@ -44,9 +44,9 @@ SCHEMAS = {
     ),
 }
 """The epilogues are the one pass around the vendor library's GEMM; z is (B, T, out), and without activation and
-layer_scale backward reads only its shape and dtype. A backend may have GEMMs with the same around them in their own
-epilogue: forward, z empty unless kept for an activation; and a product with a weight (N, M) between two layers, d
-(B, T, N) being the outer one's gradient: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, all (…, M), register rows 0."""
+layer_scale backward reads only its shape and dtype. A backend may have GEMMs with the same in their own epilogue:
+forward, z empty unless kept for an activation; and backward from d (B, T, N) through the weight (N, M) of a layer and
+the activation before it: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, of M columns, register rows 0."""
 
 
 def _fake_fwd(z, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer):
@@ -92,12 +92,23 @@ class Branch(NamedTuple):
     backend: str
     dropout: float = 0.0
     layer: int = 0
+    keep: bool = True
+    """Backward will want z."""
+
+
+def _prefers(backend: str, kernel: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether the backend has this optional kernel and takes it for such tensors; else the vendor's GEMM and a pass."""
+    prefers = BACKENDS[backend].prefers
+    return prefers is not None and prefers(kernel, x, weight)
 
 
 def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
-    """(y, z): z = x Wᵀ + bias, and y = residual + mask · γ · dropout(act(z)). x (B, T, in)."""
-    z = F.linear(x, weight, bias)
+    """(y, z): z = x Wᵀ + bias, and y = residual + mask · γ · dropout(act(z)). x (B, T, in). Without an activation
+    nobody wants z, and it may be empty."""
     masks = (path_mask, residual, b.registers, b.dropout, rng, b.layer)
+    if _prefers(b.backend, "linear_gemm_fwd", x, weight):
+        return launch(b.backend, "linear_gemm_fwd", x, weight, bias, b.activation, layer_scale, *masks, b.keep)
+    z = F.linear(x, weight, bias)
     return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
 
 
@@ -107,23 +118,57 @@ def branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=
     z may be None where there is no activation: with d = mask · dropout · dy and G = dᵀx, dW = γ ⊙ G and
     dγ = rowsum(W ⊙ G) + bias ⊙ Σd, so that nothing but x is kept.
     """
-    rows = x.reshape(-1, x.shape[-1])
     masks = (path_mask, b.registers, b.dropout, rng, b.layer)
     if b.activation != "none":
         dz, dscale, dbias = launch(b.backend, "linear_epilogue_bwd", grad, z, b.activation, layer_scale, *masks)
-        dweight = dz.flatten(0, 1).t() @ rows
+        dweight = dz.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
         return dz @ weight, dweight, dbias, None if layer_scale is None else dscale
+    d, total = _masked(grad, x, masks, b)
+    return d @ _scaled(weight, layer_scale), *_parameters_bwd(d, total, x, weight, bias, layer_scale)
+
+
+def hidden_bwd(grad, z, weight, bias, layer_scale, path_mask, b: Branch) -> tuple[Tensor | None, ...]:
+    """(dz, Σ dz, dweight, dbias, dlayer_scale) of y = mask · γ · (act(z) Wᵀ + bias) from y's gradient: backward through
+    a linear layer and the activation before it (b's), whose result is computed again."""
+    masks = (path_mask, b.registers, 0.0, None, 0)
+    if _prefers(b.backend, "linear_gemm_bwd", z, weight):
+        d, total = _masked(grad, z, masks, b)
+        scaled = _scaled(weight, layer_scale)
+        dz, h, dbefore = launch(b.backend, "linear_gemm_bwd", d, scaled, z, b.activation, b.registers)
+        return dz, dbefore, *_parameters_bwd(d, total, h, weight, bias, layer_scale)
+    plain = (None, None, b.registers, 0.0, None, 0)
+    h = launch(b.backend, "linear_epilogue_fwd", z, b.activation, None, *plain)
+    outer = b._replace(activation="none")
+    dh, *gradients = branch_bwd(grad, h, None, weight, bias, layer_scale, path_mask, outer)
+    del h
+    dz, _, dbefore = launch(b.backend, "linear_epilogue_bwd", dh, z, b.activation, None, *plain[1:])
+    return dz, dbefore, *gradients
+
+
+def _masked(grad: Tensor, x: Tensor, masks: tuple, b: Branch) -> tuple[Tensor, Tensor]:
+    """(d, Σd): d = mask · dropout · dy in x's dtype."""
     like = grad if grad.dtype == x.dtype else grad.new_empty(grad.shape, dtype=x.dtype)
     d, _, total = launch(b.backend, "linear_epilogue_bwd", grad, like, "none", None, *masks)
-    dweight = d.flatten(0, 1).t() @ rows
+    return d, total
+
+
+def _scaled(weight: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """γ W, rounded once."""
     if layer_scale is None:
-        return d @ weight, dweight, total, None
+        return weight
+    return (layer_scale.to(accumulate_dtype(weight.dtype))[:, None] * weight).to(weight.dtype)
+
+
+def _parameters_bwd(d, total, x, weight, bias, layer_scale) -> tuple[Tensor | None, ...]:
+    """(dweight, dbias, dlayer_scale) of mask · γ · (x Wᵀ + bias) from d and Σd."""
+    dweight = d.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
+    if layer_scale is None:
+        return dweight, total, None
     scale = layer_scale.to(total.dtype)
     dscale = (weight * dweight).sum(1, dtype=total.dtype)
     if bias is not None:
         dscale = dscale + bias * total
-    column = scale[:, None]
-    return d @ (column * weight).to(weight.dtype), (column * dweight).to(weight.dtype), scale * total, dscale
+    return (scale[:, None] * dweight).to(weight.dtype), scale * total, dscale
 
 
 class _Linear(torch.autograd.Function):
@@ -226,7 +271,7 @@ def linear(
     adds = layer_scale is not None or residual is not None or registers
     if chosen not in ("composed", "reference") and (activation != "none" or adds or dropout or drop_path):
         path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
-        branch = Branch(activation, registers, chosen, float(dropout), layer)
+        branch = Branch(activation, registers, chosen, float(dropout), layer, torch.is_grad_enabled())
         residual = other_than(x, residual)
         return _fused(x, weight, bias, layer_scale, residual, path_mask, rng if dropout else None, branch)
     # Left: no kernel here, or nothing around the GEMM.

@@ -63,15 +63,20 @@ def _capability(index: int | None) -> int:
     return 10 * major + minor
 
 
-def capability_of(x: Tensor) -> int:
-    """10 · major + minor of x's device; 90 where there is none (interpreter)."""
-    return _capability(x.device.index) if x.device.type == "cuda" else 90
+def capability_of(device: torch.device) -> int:
+    """10 · major + minor; 90 where there is none (interpreter)."""
+    return _capability(device.index) if device.type == "cuda" else 90
+
+
+def listed(device: torch.device, itemsize: int, *key: str | int) -> dict[str, int] | None:
+    """Constants of the launch for "operator", "kernel", … and elements of that many bytes; None if not listed."""
+    width = 16 if itemsize == 2 else 32
+    return table_for(capability_of(device)).get("/".join(map(str, (*key, f"{width}bit"))))
 
 
 def configuration(x: Tensor, *key: str | int) -> dict[str, int] | None:
-    """Constants of the launch for "operator", "kernel", … and the width of x's elements; None if not listed."""
-    width = 16 if x.dtype.itemsize == 2 else 32
-    return table_for(capability_of(x)).get("/".join(map(str, (*key, f"{width}bit"))))
+    """:func:`listed` for x."""
+    return listed(x.device, x.dtype.itemsize, *key)
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments, warps: int, **constants) -> None:

@@ -11,7 +11,8 @@ An operator takes part by ``triton_<operator>.py`` with
 - ``call(parts)``: for an entry "operator/part/…", a function that makes a call using it, and which of the call's
   launches that is;
 - ``variants()``: name → function making calls that specialise kernels in other ways (dtypes, strides, sizes);
-- ``NARROW``: parts of the names of entries that load nothing 16 bytes at a time, for the reason given there.
+- ``NARROW``: parts of the names of entries that load nothing 16 bytes at a time, for the reason given there;
+- ``TENSOR_CORES``, if it has any: the same of entries that must use them.
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ def record(operator: str, call: Callable[[], object]) -> list[Launched]:
     return recorder.launched
 
 
-def recorded(key: str) -> Launched:
-    """The launch that the table's entry ``key`` leads to."""
+def recorded(key: str, capability: int) -> Launched:
+    """The launch that the table's entry ``key`` leads to on a GPU of that capability."""
+    from sdp_kernels.triton import _launch
+
+    _launch.capability_of = lambda device: capability
     operator, *parts = key.split("/")
     call, which = resources.module(f"triton/{operator}").call(parts)
     return record(operator, call)[which]
@@ -101,6 +105,8 @@ def _signature(launched: Launched) -> tuple[dict, dict, dict]:
             continue
         if isinstance(value, torch.Tensor):
             signature[name], aligned = types[value.dtype], value.data_ptr() % 16 == 0
+        elif hasattr(value, "block_shape"):  # a tensor's descriptor
+            signature[name], aligned = f"tensordesc<{types[value.base.dtype][1:]}{value.block_shape}>", False
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
@@ -141,6 +147,7 @@ def measure(launched: Launched, capability: int) -> dict:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
     loads = re.findall(r"\b(LDG(?:STS)?\.E[.\w]*)", text)
+    matrices = sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTMALDG)\b", text)))
     return {
         "registers": used["REG"],
         "spill_bytes": _spilled(compiled, capability) if used["STACK"] else 0,
@@ -148,6 +155,7 @@ def measure(launched: Launched, capability: int) -> dict:
         "occupancy": occupancy(used["REG"], compiled.metadata.shared, launched.warps, capability),
         "warps": launched.warps,
         "ldg128": any(".128" in load for load in loads),
+        **({"matrices": " ".join(matrices)} if matrices else {}),
     }
 
 
@@ -163,7 +171,7 @@ def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
     for target in targets:
         capability = int(target.removeprefix("sm_"))
         for key in _table(capability)[share::shares]:
-            found[f"{key}/{target}".replace(" ", "-")] = measure(recorded(key), capability)
+            found[f"{key}/{target}".replace(" ", "-")] = measure(recorded(key, capability), capability)
     return found
 
 

@@ -75,6 +75,16 @@ def test_wide_loads_where_strides_allow_them(measured, operator):
     assert wide and measured.keys() - wide - narrow == set()
 
 
+def test_tensor_cores_where_they_are_claimed(measured, operator):
+    """Each GPU's own instructions; TMA where the entry is for descriptors."""
+    claimed = getattr(resources.module(f"triton/{operator}"), "TENSOR_CORES", ())
+    for key, row in measured.items():
+        if any(part in key for part in claimed):
+            instruction = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[key.rpartition("/")[2]]
+            assert instruction in row["matrices"].split(), key
+            assert "UTMALDG" in row["matrices"] or "descriptors" not in key, key
+
+
 def test_occupancy_as_nvidias_calculator_gives_it():
     """Points from CUDA's cuda_occupancy.h: (registers, dynamic shared memory, warps, capability) → resident share."""
     for point, share in {

@@ -1,7 +1,7 @@
 """Triton's interpreter keeps bf16 as raw uint16: it truncates where the GPU rounds, and calculates with the bits.
 
 :func:`install` mends the first and forbids the second: a kernel that does arithmetic on bf16, instead of widening right
-after the load, fails. For tests only.
+after the load, fails; a tensor core's product of bf16 numbers is one of fp32 numbers there. For tests only.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def install() -> None:
         return
     cast, to_float = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
     binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
+    dot = InterpreterBuilder.create_dot
 
     def mended_cast(self, source, kind):
         if _is_bf16(source.dtype):
@@ -51,6 +52,10 @@ def install() -> None:
         if any(_is_bf16(h.dtype) for h in handles):
             raise TypeError("arithmetic on bfloat16 in a kernel: widen it right after the load")
 
+    def mended_dot(self, left, right, *rest):
+        wide = (TensorHandle(widened(h.data), tl.float32) if _is_bf16(h.dtype) else h for h in (left, right))
+        return dot(self, *wide, *rest)
+
     def strict_binary(self, left, right, operation):
         refuse(left, right)
         return binary(self, left, right, operation)
@@ -61,4 +66,5 @@ def install() -> None:
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp = mended_cast, mended_to_float
     InterpreterBuilder.binary_op, InterpreterBuilder.unary_op = strict_binary, strict_unary
+    InterpreterBuilder.create_dot = mended_dot
     InterpreterBuilder.rounds_bfloat16 = True

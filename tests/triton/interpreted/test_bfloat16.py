@@ -62,3 +62,16 @@ def test_arithmetic_on_bfloat16_is_refused():
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="widen it right after the load"):
         _careless[(1,)](x, torch.empty_like(x), 16)
+
+
+@triton.jit
+def _multiply(x_ptr, y_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x))
+
+
+def test_a_matrix_product_of_bfloat16_is_one_of_numbers():
+    x, y = torch.linspace(-3, 3, 256).view(16, 16).to(torch.bfloat16), torch.empty(16, 16)
+    _multiply[(1,)](x, y, 16)
+    torch.testing.assert_close(y, x.float() @ x.float())

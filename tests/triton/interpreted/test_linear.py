@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import _plain as plain
 import cases
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from _cases import conv_mlp_shapes
 from _layouts import hostile, layouts, normal
 from _numerics import assert_as_exact, differentiate
 from torch import Tensor
@@ -15,7 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import sdp_kernels as sk
 from sdp_kernels.reference import philox
-from sdp_kernels.triton import _launch, linear
+from sdp_kernels.triton import _launch, _linear_gemm, linear
 
 OPS = cases.OPS
 TABLE = _launch.table_for(90)
@@ -26,7 +29,8 @@ REGISTERS, LAYER, RATE = 2, 5, 0.3
 
 
 def tokens(batch: int, tokens: int, columns: int, dtype=torch.float64, seed: int = 0) -> Tensor:
-    return torch.stack([normal(tokens, columns, seed=seed + 31 * b, dtype=dtype, scale=2) for b in range(batch)])
+    samples = [normal(tokens, columns, seed=seed + 31 * b, dtype=dtype, scale=2) for b in range(max(1, batch))]
+    return torch.stack(samples)[:batch]
 
 
 def epilogue(z, scale, residual, activation, registers, mask, dropout, rng, layer=LAYER) -> Tensor:
@@ -261,3 +265,179 @@ def test_gradcheck_of_the_public_operator(activation):
         )
 
     assert torch.autograd.gradcheck(call, inputs)
+
+
+def gemm_inputs(dtype, batch=2, tokens_=75, depth=40, columns=72):
+    x, residual = tokens(batch, tokens_, depth, dtype, 1), tokens(batch, tokens_, columns, dtype, 2)
+    weight, bias = normal(columns, depth, seed=3, dtype=dtype, scale=depth**-0.5), normal(columns, seed=4, dtype=dtype)
+    return x, weight, bias, normal(columns, seed=5, dtype=torch.float32), residual
+
+
+def gemm_forward(x, weight, bias, scale, residual, activation, masks=True, keep=True, registers=REGISTERS):
+    mask = torch.tensor([1.25, 0.0, 1.25])[: x.shape[0]] if masks else None
+    more = (registers, RATE if masks else 0.0, sk.make_rng(1, 2) if masks else None, LAYER)
+    return OPS.linear_gemm_fwd(x, weight, bias, activation, scale, mask, residual, *more, keep)
+
+
+def spied(monkeypatch) -> list[str]:
+    """The table's entries that the GEMMs ask for and find."""
+    asked: list[str] = []
+
+    def configuration(x, *key):
+        found = _launch.configuration(x, *key)
+        asked.extend("/".join(key[1:]) for _ in [0] if found)
+        return found
+
+    monkeypatch.setattr(_linear_gemm, "configuration", configuration)
+    return asked
+
+
+def assert_gemm(x, weight, bias, scale, residual, activation, guard=lambda t: t, **more) -> None:
+    """Both GEMMs against fp64; PyTorch's peers computing in x's dtype."""
+    exact = [t.double() for t in (x, weight, bias, scale, residual)]
+    y, z = gemm_forward(*(guard(t) for t in (x, weight, bias, scale, residual)), activation, **more)
+    z_exact, z_peer = plain.linear(*exact[:3]), plain.linear(x, weight, bias)
+    masks, registers = more.get("masks", True), more.get("registers", REGISTERS)
+    mask = torch.tensor([1.25, 0.0, 1.25])[: x.shape[0]] if masks else None
+    rest = (activation, registers, mask, RATE if masks else 0.0, sk.make_rng(1, 2))
+    want, peer = epilogue(z_exact, exact[3], exact[4], *rest), epilogue(z_peer, scale, residual, *rest)
+    assert_as_exact("y", y, want, peer, k=3.0, rows=x.shape[2])
+    if activation == "none":
+        assert z.shape == (0,)
+    else:
+        assert_as_exact("z", z, z_exact, z_peer, k=3.0, rows=x.shape[2])
+    d = plain.without_registers(residual, registers)
+    dz, h, dbias = OPS.linear_gemm_bwd(guard(d), guard(weight), guard(x), activation, registers)
+    for name, got, form in (("dz", dz, 0), ("h", h, 1), ("dbias", dbias, 2)):
+        results = []
+        for dtype in (torch.float64, x.dtype):
+            before = x.to(dtype).requires_grad_()
+            value = plain.without_registers(plain.ACTIVATIONS[activation](before), registers)
+            (right,) = torch.autograd.grad(value, before, d.to(dtype) @ weight.to(dtype))
+            results.append((right, value.detach(), right.sum((0, 1)))[form])
+        assert_as_exact(name, got, *results, k=3.0, rows=weight.shape[0] + x.shape[1] * (form == 2))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("way", ["descriptors", "pointers", "odd"])
+def test_gemm_configurations_inside_guard_bands(way, width, guarded, monkeypatch):
+    """As they ship, tiles cut in both directions and in depth; descriptors only where the table has them."""
+    asked, dtype = spied(monkeypatch), WIDTHS[width]
+    sizes = (41, 73) if way == "odd" else (136, 200) if width == "16bit" else (40, 72)
+    inputs = gemm_inputs(dtype, 2, 75, *sizes)
+    if way == "pointers":  # rows of the residual and of z not evenly spaced
+        apart = lambda t: torch.cat([t, t[:, :1]], 1)[:, :-1]  # noqa: E731
+        inputs = (apart(inputs[0]), *inputs[1:4], apart(inputs[4]))
+    assert_gemm(*inputs, "gelu", guarded.inside)
+    described = way == "descriptors" and width == "16bit"
+    assert set(asked) == {f"gemm_{p}/{'descriptors' if described else 'pointers'}" for p in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("activation", ["none", "kelu", "selu"])
+def test_gemm_without_masks(activation, dtype):
+    assert_gemm(*gemm_inputs(dtype, 1, 20, 24, 16), activation, masks=False, registers=0)
+
+
+def test_gemm_keeps_the_preactivation_only_where_it_is_wanted():
+    inputs = gemm_inputs(torch.bfloat16, 1, 20, 24, 16)
+    y, z = gemm_forward(*inputs, "gelu")
+    again, nothing = gemm_forward(*inputs, "gelu", keep=False)
+    assert nothing.shape == (0,) and z.shape == y.shape and torch.equal(again, y)
+    torch.testing.assert_close(z, torch.nn.functional.linear(*inputs[:3]), rtol=0.01, atol=0.01)
+
+
+def test_gemm_is_repeatable_and_rows_depend_on_themselves_alone():
+    x, weight, bias, scale, residual = gemm_inputs(torch.bfloat16, 3, 60, 40, 72)
+    first = gemm_forward(x, weight, bias, scale, residual, "gelu", masks=False)
+    back = OPS.linear_gemm_bwd(residual, weight, x, "gelu", REGISTERS)
+    assert all(torch.equal(a, b) for a, b in zip(back, OPS.linear_gemm_bwd(residual, weight, x, "gelu", REGISTERS)))
+    for batch in ([1], [2, 0]):
+        alone = gemm_forward(x[batch], weight, bias, scale, residual[batch], "gelu", masks=False)
+        assert all(torch.equal(a, b[batch]) for a, b in zip(alone, first))
+        one = OPS.linear_gemm_bwd(residual[batch], weight, x[batch], "gelu", REGISTERS)
+        assert torch.equal(one[0], back[0][batch]) and torch.equal(one[1], back[1][batch])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 2)], ids=str)
+def test_gemm_of_nothing(shape):
+    """No rows, or register rows alone."""
+    x, weight, bias, scale, residual = gemm_inputs(torch.float32, *shape, 8, 16)
+    y, z = gemm_forward(x, weight, bias, scale, residual, "gelu", masks=False)
+    assert y.shape == z.shape == (*shape, 16) and torch.equal(y, residual)
+    dz, h, dbias = OPS.linear_gemm_bwd(residual, weight, x, "gelu", REGISTERS)
+    assert dz.shape == h.shape == x.shape and not dz.any() and not h.any() and not dbias.any()
+
+
+def test_gemm_of_tf32_only_where_pytorch_allows_it():
+    assert _linear_gemm.precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert _linear_gemm.precision(torch.float32) == "tf32" and _linear_gemm.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+CHANNELS, HIDDEN = 16, 64
+
+
+def block(x, *weights):
+    more = {"registers": 1, "activation": "kelu", "drop_path": 0.3, "rng": sk.make_rng(3, 1)}
+    return sk.conv_mlp(x, sk.ConvMLPWeights(*weights), grid=(2, 3), **more, backend="triton")
+
+
+def test_the_table_chooses_between_the_vendors_gemm_and_ours(monkeypatch):
+    """linear and conv_mlp, forward and backward: off as committed; on, the results are the same."""
+    asked = spied(monkeypatch)
+    shapes = ((2, 7, CHANNELS), *conv_mlp_shapes(CHANNELS, HIDDEN))
+    inputs = [normal(*s, seed=i, dtype=torch.float32, scale=0.5) for i, s in enumerate(shapes)]
+    grads = [normal(2, 7, CHANNELS, seed=40, dtype=torch.float32)]
+    vendor = differentiate(block, inputs, grads)
+    more = {"activation": "gelu", "layer_scale": inputs[4], "residual": inputs[0], "registers": 1, "backend": "triton"}
+    call = lambda x, weight: sk.linear(x, weight, **more)  # noqa: E731
+    single = differentiate(call, [inputs[0], inputs[5]], grads)
+    assert not [key for key in asked if key.startswith("gemm")]
+    for pass_ in ("forward", "backward"):
+        for form in ("square", "expand", "project"):
+            monkeypatch.setitem(TABLE, f"linear/form/{pass_}/{form}/32bit", {"gemm": 1})
+    asked.clear()
+    ours = differentiate(block, inputs, grads)
+    assert asked.count("gemm_forward/pointers") == 3 and asked.count("gemm_backward/pointers") == 1
+    asked.clear()
+    ours += differentiate(call, [inputs[0], inputs[5]], grads)
+    assert asked.count("gemm_forward/pointers") == 1
+    for a, b in zip(sum(ours, ()), sum(vendor + single, ()), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_forms_are_listed_for_every_class_and_off_until_measured():
+    for out, depth, form in (
+        (3072, 768, "expand"),
+        (768, 3072, "project"),
+        (768, 768, "square"),
+        (1000, 768, "square"),
+    ):
+        assert _linear_gemm.form(torch.empty(out, depth)) == form
+        x = torch.empty(1, dtype=torch.bfloat16)
+        for kernel, pass_ in (("linear_gemm_fwd", "forward"), ("linear_gemm_bwd", "backward")):
+            assert f"linear/form/{pass_}/{form}/16bit" in TABLE
+            assert _linear_gemm.prefers(kernel, x, torch.empty(out, depth)) is False
+
+
+@pytest.mark.parametrize("form", ["vendor", "ours"])
+def test_compiled_with_either_form(form, monkeypatch):
+    """One graph; what the table says, for which the device is asked, is a constant there."""
+    if form == "ours":
+        monkeypatch.setitem(TABLE, "linear/form/forward/square/32bit", {"gemm": 1})
+    monkeypatch.setattr(_launch, "capability_of", lambda device: json.loads("90"))
+    x, weight = normal(2, 7, 16, dtype=torch.float32), normal(16, 16, seed=1, dtype=torch.float32)
+    call = lambda x, weight: sk.linear(x, weight, activation="gelu", registers=1, backend="triton")  # noqa: E731
+    want = differentiate(call, [x, weight])
+    torch._dynamo.reset()
+    launched = []
+    run = _linear_gemm.launch
+    monkeypatch.setattr(_linear_gemm, "launch", lambda *a, **more: launched.append(a[0]) or run(*a, **more))
+    got = differentiate(torch.compile(call, fullgraph=True, backend="aot_eager"), [x, weight])
+    assert len(launched) == (form == "ours")
+    for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+        torch.testing.assert_close(a, b)

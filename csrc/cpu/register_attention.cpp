@@ -192,10 +192,10 @@ extern const AttentionTable attention_table = {SDP_ALL_FORMS(forward), SDP_ALL_F
 }  // namespace sdp
 
 #if SDP_LEVEL == 0
-#include <cmath>
 #include <optional>
 #include <string>
 
+#include "cpu/dropout.h"
 #include "cpu/host.h"
 
 namespace sdp {
@@ -242,7 +242,8 @@ struct Call {
     c.eps = eps, c.scale = scale;
     c.qkv = {const_cast<char*>(bytes(qkv)), qkv.stride(0), qkv.stride(1), qkv.stride(2), qkv.stride(3), qkv.stride(4)};
     for (int i = 0; i < 2; ++i) c.norm_weight[i] = parameters[2 * i].get(), c.norm_bias[i] = parameters[2 * i + 1].get();
-    if (dropout > 0) c.dropout = dropout_source(*rng, dropout, layer);
+    constexpr int64_t kAttentionStream = 2;  // of the masks, as in reference/philox.py
+    if (dropout > 0) c.dropout = dropout_source(*rng, dropout, layer, kAttentionStream);
   }
 
   // Runs a kernel over all heads of all samples; what an item computes does not depend on which thread does it.
@@ -255,20 +256,6 @@ struct Call {
       const Scratch memory(needed);
       for (int64_t item = begin; item < end; ++item) kernel(c, item, memory.get());
     });
-  }
-
- private:
-  static DropoutSource dropout_source(const Tensor& rng, double rate, int64_t layer) {
-    constexpr int64_t kStream = 2;  // ATTENTION
-    const int64_t *state = static_cast<const int64_t*>(rng.const_data_ptr()), step = rng.stride(0);
-    const uint64_t seed = static_cast<uint64_t>(state[0]);
-    return {static_cast<uint32_t>(seed),
-            static_cast<uint32_t>(seed >> 32),
-            static_cast<uint32_t>(state[step]),
-            static_cast<uint32_t>(layer * 4 + kStream),
-            static_cast<uint32_t>(state[2 * step]),
-            static_cast<uint32_t>(std::min(std::nearbyint(rate * 4294967296.0), 4294967295.0)),
-            static_cast<float>(1.0 / (1.0 - rate))};
   }
 };
 

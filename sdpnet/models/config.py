@@ -122,9 +122,9 @@ class SdPNetConfig:
             raise ValueError(f"kernel_size must be one of {KERNEL_SIZES}, got {self.kernel_size!r}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got dim {self.dim} with {self.heads} heads")
-        if self.dim // self.heads % 8:
+        if self.dim // self.heads % 8 or self.dim // self.heads > 128:
             raise ValueError(
-                f"dim / heads, the head dimension, must be a multiple of 8, got {self.dim} / {self.heads} = "
+                f"dim / heads, the head dimension, must be a multiple of 8 up to 128, got {self.dim} / {self.heads} = "
                 f"{self.dim // self.heads}"
             )
         for name in ("conv_ratio", "ffn_ratio"):

@@ -65,4 +65,5 @@ def variants():
 
 
 WIDE_VARIANTS = ()
-SPILLING_VARIANTS = ()
+SPILLING_VARIANTS = ("odd sizes",)
+"""An odd number of channels: no load is of two, and their addresses take a few registers too many."""

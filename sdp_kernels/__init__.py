@@ -4,9 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import _loading  # noqa: F401  finds the kernels that can run here
 from .backends import UnsupportedError, use_backend
-from .modules import ConvMLP, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
+from .modules import ConvMLP, ConvNeXtBlock, DepthwiseConv2d, KeLU, LayerNorm2d, RegisterAttention
 from .ops.activation import ACTIVATIONS, activation
 from .ops.conv_mlp import ConvMLPWeights, conv_mlp
+from .ops.convnext_block import ConvNeXtWeights, convnext_block
 from .ops.depthwise_conv2d import Norm, depthwise_conv2d
 from .ops.dropout import dropout, make_rng
 from .ops.kelu import kelu
@@ -24,6 +25,8 @@ __all__ = [
     "ATTEND",
     "ConvMLP",
     "ConvMLPWeights",
+    "ConvNeXtBlock",
+    "ConvNeXtWeights",
     "DepthwiseConv2d",
     "KeLU",
     "LayerNorm2d",
@@ -32,6 +35,7 @@ __all__ = [
     "UnsupportedError",
     "activation",
     "conv_mlp",
+    "convnext_block",
     "depthwise_conv2d",
     "dropout",
     "kelu",

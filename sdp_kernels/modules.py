@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .ops._checks import check_eps, check_layer, check_rate
 from .ops.activation import check_activation
 from .ops.conv_mlp import ConvMLPWeights, conv_mlp
+from .ops.convnext_block import ConvNeXtWeights, convnext_block
 from .ops.depthwise_conv2d import KERNEL_SIZES, depthwise_conv2d
 from .ops.kelu import kelu
 from .ops.layer_norm_2d import layer_norm_2d
@@ -130,6 +131,64 @@ class ConvMLP(nn.Module):
         self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0, rng: Tensor | None = None
     ) -> Tensor:
         return conv_mlp(
+            x,
+            self.weights(),
+            grid=grid,
+            registers=registers,
+            activation=self.activation,
+            eps=self.eps,
+            drop_path=self.drop_path if self.training else 0.0,
+            rng=rng,
+            layer=self.layer,
+            backend=self.backend,
+        )
+
+
+class ConvNeXtBlock(nn.Module):
+    """A ConvNeXt block on a picture or a token buffer, see :func:`sdp_kernels.convnext_block`.
+
+    Args:
+        dim: channels C. kernel_size: of the depthwise convolution. mlp_ratio: hidden width = int(ratio · C).
+        activation: one of ``ACTIVATIONS``. layer_scale: initial value of γ, None for none.
+        drop_path: rate in training. eps: of the norm.
+        layer: number of this module for its drop-path mask; give each module of a model its own.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        layer_scale: float | None = 1e-6,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
+        layer: int = 0,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        _check_positive("dim", dim)
+        _check_kernel_size(kernel_size)
+        check_activation(activation)
+        hidden = int(mlp_ratio * dim)
+        _check_positive("int(mlp_ratio · dim)", hidden)
+        self.depthwise_weight = _parameter(dim, 1, kernel_size, kernel_size)
+        self.depthwise_bias = nn.Parameter(torch.zeros(dim))
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.expand_weight, self.expand_bias = _parameter(hidden, dim), nn.Parameter(torch.zeros(hidden))
+        self.project_weight, self.project_bias = _parameter(dim, hidden), nn.Parameter(torch.zeros(dim))
+        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.activation, self.drop_path, self.eps = activation, drop_path, eps
+        self.layer, self.backend = layer, backend
+
+    def weights(self) -> ConvNeXtWeights:
+        """The parameters in the operator's order."""
+        return ConvNeXtWeights(*(getattr(self, name) for name in ConvNeXtWeights._fields))
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0, rng: Tensor | None = None
+    ) -> Tensor:
+        return convnext_block(
             x,
             self.weights(),
             grid=grid,

@@ -3,11 +3,22 @@
 Importing the package defines all of them, which the libraries' schema hash is compared with.
 """
 
-from . import activation, conv_mlp, depthwise_conv2d, dropout, kelu, layer_norm_2d, linear, register_attention
+from . import (
+    activation,
+    conv_mlp,
+    convnext_block,
+    depthwise_conv2d,
+    dropout,
+    kelu,
+    layer_norm_2d,
+    linear,
+    register_attention,
+)
 
 __all__ = [
     "activation",
     "conv_mlp",
+    "convnext_block",
     "depthwise_conv2d",
     "dropout",
     "kelu",

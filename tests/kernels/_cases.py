@@ -162,6 +162,26 @@ def conv_mlp_shapes(c: int, hidden: int, k: int = 3) -> tuple[tuple[int, ...], .
     )
 
 
+def _convnext_call(grid, registers, activation, drop_path=0.0):
+    def call(backend, x, *weights):
+        more = {"grid": grid if x.dim() == 3 else None, "registers": registers, "activation": activation}
+        more |= {"drop_path": drop_path, "rng": sk.make_rng(3, 1) if drop_path else None, "layer": 3}
+        return sk.convnext_block(x, sk.ConvNeXtWeights(*weights), **more, backend=backend)
+
+    def same(x, *weights):
+        if x.dim() == 4:
+            tokens = same(x.permute(0, 2, 3, 1).flatten(1, 2), *weights)
+            return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+        return plain.convnext_block(x, sk.ConvNeXtWeights(*weights), grid, registers, activation, 1e-6)
+
+    return call, None if drop_path else same
+
+
+def convnext_shapes(c: int, hidden: int, k: int = 3) -> tuple[tuple[int, ...], ...]:
+    """Shapes of ConvNeXtWeights' fields."""
+    return (c, 1, k, k), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)
+
+
 def _attention_call(registers, attend, normed, dropout=0.0):
     def call(backend, qkv, *norms):
         more = {"registers": registers, "attend": attend, "backend": backend}
@@ -270,6 +290,31 @@ CASES = [
         registers=2,
         keeps_registers=True,
         offsets={1: 1, 8: 1},
+    ),
+    Case(
+        "convnext_block",
+        "convnext_block",
+        (_TOKENS, *convnext_shapes(5, 6)),
+        *_convnext_call(_GRID, 2, "kelu"),
+        registers=2,
+        keeps_registers=True,
+        offsets={3: 1},
+    ),
+    Case(
+        "convnext_block-picture",
+        "convnext_block",
+        ((2, 8, 2, 3), *convnext_shapes(8, 6)),
+        *_convnext_call(_GRID, 0, "gelu"),
+        offsets={3: 1},
+    ),
+    Case(
+        "convnext_block-masks",
+        "convnext_block",
+        (_TOKENS, *convnext_shapes(5, 6)),
+        *_convnext_call(_GRID, 2, "gelu", 0.4),
+        registers=2,
+        keeps_registers=True,
+        offsets={3: 1},
     ),
     Case("attention", "register_attention", ((2, 4, 3, 2, 8),), *_attention_call(1, "all", False)),
     Case(

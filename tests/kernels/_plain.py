@@ -88,6 +88,13 @@ def conv_mlp(x: Tensor, w, grid: tuple[int, int], registers: int, activation: st
     return linear(h, w.project_weight, w.project_bias, "none", w.layer_scale2, x, registers)
 
 
+def convnext_block(x: Tensor, w, grid: tuple[int, int], registers: int, activation: str, eps: float) -> Tensor:
+    h = depthwise_conv2d(x, w.depthwise_weight, w.depthwise_bias, grid, registers)
+    h = layer_norm_2d(h, w.norm_weight, w.norm_bias, eps, registers)
+    h = linear(h, w.expand_weight, w.expand_bias, activation, registers=registers)
+    return linear(h, w.project_weight, w.project_bias, "none", w.layer_scale, x, registers)
+
+
 def register_attention(qkv, q_norm=None, k_norm=None, eps=1e-5, scale=None, registers=0, attend="all") -> Tensor:
     """Head by head, query by query."""
     batch, tokens, _, heads, d = qkv.shape

@@ -1,4 +1,4 @@
-"""Under autocast convolution, linear, conv_mlp and attention cast, norms compute in fp32, KeLü keeps its input's dtype.
+"""Under autocast convolution, linear, blocks and attention cast, norms compute in fp32, KeLü keeps its input's dtype.
 Every backend follows the same rule, so fused and unfused differ by kernels only."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ WANTED = {  # dtype of the (last) output for fp32 inputs
     "layer_norm_2d": torch.float32,
     "depthwise_conv2d": LOW,
     "conv_mlp": torch.float32,  # the residual's
+    "convnext_block": torch.float32,
     "register_attention": LOW,
 }
 
@@ -75,11 +76,11 @@ def test_backends_follow_the_same_rule(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@on_every_backend([BY_NAME["kelu"], BY_NAME["norm"], BY_NAME["norm-tokens-residual"], BY_NAME["conv_mlp"]])
+@on_every_backend([BY_NAME[n] for n in ("kelu", "norm", "norm-tokens-residual", "conv_mlp", "convnext_block")])
 def test_input_decides_where_the_rule_says_so(case, backend, dtype):
     x, *rest = case.inputs(torch.float32)
     inputs = [t.to(dtype) if i == 0 or i in case.batched else t for i, t in enumerate([x, *rest])]
-    if case.operator == "conv_mlp" and backend == "cpu" and dtype not in (torch.float32, LOW):
+    if case.operator in ("conv_mlp", "convnext_block") and backend == "cpu" and dtype not in (torch.float32, LOW):
         with pytest.raises(sk.UnsupportedError, match=r"cpu: adds no torch\.bfloat16 branch to a torch\.float16 x"):
             under_autocast(case, backend, inputs)
         backend = None  # an automatic choice goes on to the next

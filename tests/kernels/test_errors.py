@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from test_conv_mlp import weights
+from test_convnext_block import weights as convnext_weights
 
 import sdp_kernels as sk
 from sdp_kernels.backends import BACKENDS
@@ -17,6 +18,7 @@ PICTURE, TOKENS, QKV = Z(2, 4, 3, 5), Z(2, 7, 4), Z(2, 7, 3, 2, 8)
 ONES, META = torch.ones(4), Z(4, device="meta")
 RNG = sk.make_rng(1)
 W = weights(4, 6, dtype=torch.float32)
+V = sk.ConvNeXtWeights(*(w.float() for w in convnext_weights(4, 6)))
 STATISTICS = sk.Norm(Z(2, 3, 5), Z(2, 3, 5), ONES, ONES)
 
 
@@ -35,6 +37,11 @@ def linear(x=TOKENS, weight=Z(6, 4), bias=None, **more):  # noqa: B008
 def mlp(x=TOKENS, grid=(2, 3), registers=1, **more):
     fields = {k: more.pop(k) for k in list(more) if k in W._fields}
     return sk.conv_mlp(x, W._replace(**fields), grid=grid, registers=registers, **more)
+
+
+def convnext(x=TOKENS, grid=(2, 3), registers=1, **more):
+    fields = {k: more.pop(k) for k in list(more) if k in V._fields}
+    return sk.convnext_block(x, V._replace(**fields), grid=grid, registers=registers, **more)
 
 
 def attention(qkv=QKV, q_norm=None, k_norm=None, **more):
@@ -178,6 +185,25 @@ WRONG = {
         *rates("drop_path"),
         *BACKEND,
     ],
+    convnext: [
+        *tensor("x", [Z(4), Z(2, 4), Z(2, 4, 3, 5, 6)]),
+        *(
+            (e, f"weights.{n}", m)
+            for f in V._fields
+            for e, n, m in parameter(
+                f, getattr(V, f), f in ("depthwise_bias", "expand_bias", "project_bias", "layer_scale")
+            )
+        ),
+        (ValueError, "weights.depthwise_weight", {"depthwise_weight": Z(4, 1, 4, 4)}),
+        (ValueError, "weights.project_weight", {"project_weight": Z(6, 4)}),
+        *ACTIVATION,
+        *EPS,
+        *((e, n, m) for e, n, m in REGISTERS),
+        (ValueError, "registers", {"x": PICTURE, "grid": None, "registers": 1}),
+        *((e, n, {"registers": 0, **m}) for e, n, m in GRID),
+        *rates("drop_path"),
+        *BACKEND,
+    ],
     attention: [
         *tensor("qkv", [Z(2, 7, 48), Z(2, 7, 2, 2, 8), Z(2, 7, 3, 2), Z(2, 0, 3, 2, 8), Z(2, 7, 3, 0, 8)]),
         *((ValueError, "qkv", {"qkv": Z(2, 7, 3, 2, d)}) for d in (0, 1, 4, 12, 33, 136, 256)),
@@ -224,6 +250,12 @@ WRONG = {
         (ValueError, "activation", {"dim": 4, "activation": "gellu"}),
         *((ValueError, "mlp_ratio", {"dim": 4, "mlp_ratio": r}) for r in (0, -1.0, 0.01)),
     ],
+    sk.ConvNeXtBlock: [
+        (ValueError, "dim", {"dim": 0}),
+        (ValueError, "kernel_size", {"dim": 4, "kernel_size": 4}),
+        (ValueError, "activation", {"dim": 4, "activation": "gellu"}),
+        *((ValueError, "mlp_ratio", {"dim": 4, "mlp_ratio": r}) for r in (0, -1.0, 0.01)),
+    ],
     sk.RegisterAttention: [
         *((ValueError, "head_dim", {"head_dim": d}) for d in (0, -8, 8.0, 12, 136)),
         (ValueError, "attend", {"head_dim": 8, "attend": "image"}),
@@ -247,7 +279,7 @@ def no_kernel(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a kernel ran")
 
-    for operator in ("kelu", "layer_norm_2d", "depthwise_conv2d", "linear", "conv_mlp", "register_attention"):
+    for operator in set(reference.__all__) - {"philox"}:
         monkeypatch.setattr(getattr(reference, operator), operator, never)
 
 
@@ -262,6 +294,7 @@ def test_message_names_the_argument(call, error, name, arguments, no_kernel):
 def test_good_arguments_raise_nothing():
     """Each call of the list above, left as it is: what was wrong there is wrong by itself."""
     norm(), norm(TOKENS, registers=2), conv(), conv(TOKENS, grid=(2, 3), registers=1), linear(registers=2), mlp()
+    convnext()
     (
         conv(norm=STATISTICS),
         mlp(PICTURE, None, 0),
@@ -272,9 +305,11 @@ def test_good_arguments_raise_nothing():
     )
 
 
-def test_weights_of_conv_mlp_must_be_named():
+def test_weights_of_the_blocks_must_be_named():
     with pytest.raises(TypeError, match="weights must be a ConvMLPWeights"):
         sk.conv_mlp(TOKENS, tuple(W), grid=(1, 7))
+    with pytest.raises(TypeError, match="weights must be a ConvNeXtWeights"):
+        sk.convnext_block(TOKENS, tuple(V), grid=(1, 7))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

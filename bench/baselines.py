@@ -120,6 +120,17 @@ def _encoder(x, weights, heads, activation, eps, split) -> Tensor:
     return x + F.linear(h, down, down_bias)
 
 
+def convnext_block(x: Tensor, weights: tuple[Tensor, ...], activation: Function, eps: float) -> Tensor:
+    """ConvNeXt's block on a picture, channels last throughout: F.conv2d, F.layer_norm, F.linear, without a copy.
+
+    ``weights``: depthwise (C, 1, k, k), norm, expand, project, each with its bias, and the layer scale.
+    """
+    depthwise, bias, gain, shift, expand, bias1, project, bias2, scale = weights
+    h = F.conv2d(x, depthwise, bias, padding=depthwise.shape[-1] // 2, groups=depthwise.shape[0]).permute(0, 2, 3, 1)
+    h = F.linear(activation(F.linear(F.layer_norm(h, gain.shape, gain, shift, eps), expand, bias1)), project, bias2)
+    return x + (scale * h).permute(0, 3, 1, 2)
+
+
 def on_tokens(block: Function, grid: tuple[int, int], registers: int) -> Function:
     """A block of pictures on a token buffer (B, T, C) whose registers pass by: sliced off and put back."""
 

@@ -40,7 +40,7 @@ class Replay:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "benchmarks of the fused operators (pytest bench)")
     group.addoption("--bench-all", action="store_true", help="every case and contender, not the short selection")
-    group.addoption("--bench-seconds", type=float, default=1.0, help="time for the rounds of one case (default: 1)")
+    group.addoption("--bench-seconds", type=float, default=0.5, help="time for the rounds of one case (default: 0.5)")
     group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     group.addoption("--bench-threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
 

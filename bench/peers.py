@@ -103,7 +103,7 @@ def _xformers() -> Callable:
 
 
 _FIND: dict[str, tuple[Callable[[], Callable], str, str]] = {
-    "timm": (_timm, "timm", "LayerNorm2d"),
+    "timm": (_timm, "timm", "LayerNorm2d, ConvNeXt's block"),
     "Liger-Kernel": (_liger, "liger_kernel", "LayerNorm over rows (Triton)"),
     "quack": (_quack, "quack-kernels", "LayerNorm over rows, forward only (CuTe DSL)"),
     "apex": (_apex, "apex", "FusedLayerNorm over rows (CUDA)"),
@@ -172,6 +172,31 @@ def _timm_layer_norm(module: Callable, case: Case, eps: float) -> Function:
         ):  # everybody's parameters in place of its own; functional_call would cost 50 µs a call
             norm.weight, norm.bias = weight, bias
         return norm(x)
+
+    return call
+
+
+def convnext_block(case: Case, eps: float, convolutions: bool = False) -> Function:
+    """timm's ConvNeXt block with everybody's parameters; its GEMMs as linear layers or as 1×1 ``convolutions``.
+
+    Raises UnusableError with the reason when it is absent or has another activation.
+    """
+    find("timm", case.device)
+    if case.variant != "gelu":
+        raise UnusableError("measured with the activation that it is published with")
+    made = _attribute("timm.models.convnext", "ConvNeXtBlock", "timm")(case.channels, conv_mlp=convolutions)
+    made.norm.eps = eps
+    mlp = made.mlp
+    owners = [made.conv_dw] * 2 + [made.norm] * 2 + [mlp.fc1] * 2 + [mlp.fc2] * 2 + [made]
+    places = list(zip(owners, ["weight", "bias"] * 4 + ["gamma"]))
+    for owner, name in places:
+        delattr(owner, name)  # a parameter takes no view in its place
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        for (owner, name), parameter in zip(places, parameters):
+            wanted = parameter[:, :, None, None] if convolutions and parameter.dim() == 2 else parameter
+            object.__setattr__(owner, name, wanted)
+        return made(x)
 
     return call
 

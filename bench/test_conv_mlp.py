@@ -104,7 +104,7 @@ OPERATOR = Operator(
         Contender("ours", "ours", fused, default=True),
         Contender("channels last", "peer", plain, default=True),
         Contender("channels last, compiled", "peer", compiled(plain), default=True),
-        Contender("original", "peer", original, default=True),
+        Contender("original", "peer", original),
         Contender("original, compiled", "peer", compiled(original)),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
         Contender(

@@ -323,6 +323,20 @@ def test_everybody_computes_what_the_benchmark_says_and_the_report_shows_it(name
 
 
 @pytest.mark.parametrize("activation", baselines.ACTIVATIONS)
+def test_the_convnext_baseline_agrees_with_the_operators_reference(activation) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 1, 3, 3), (5,), (5,), (5,), (20, 5), (20,), (5, 20), (5,), (5,))
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    x = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    wanted = sdp_kernels.convnext_block(
+        x, sdp_kernels.ConvNeXtWeights(*weights), activation=activation, eps=1e-5, backend="reference"
+    )
+    torch.testing.assert_close(
+        baselines.convnext_block(x, tuple(weights), baselines.ACTIVATIONS[activation], 1e-5), wanted
+    )
+
+
+@pytest.mark.parametrize("activation", baselines.ACTIVATIONS)
 def test_conv_mlp_baselines_agree_with_the_operators_reference(activation) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -21,6 +21,15 @@ namespace sdp {
 
 #ifdef __CUDACC__
 
+// Older GPUs don't have all of this; kernels that use it must not be launched there, but compile.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define SDP_MMA_ASM(...) __trap()
+#define SDP_MMA_PURE_ASM(...) __trap()
+#else
+#define SDP_MMA_ASM(...) asm volatile(__VA_ARGS__)
+#define SDP_MMA_PURE_ASM(...) asm(__VA_ARGS__)
+#endif
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -29,13 +38,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
+    SDP_MMA_ASM(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     static_assert(std::is_same_v<T, __half>);
-    asm volatile(
+    SDP_MMA_ASM(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -89,19 +98,19 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   const int bytes = there ? Bytes : 0;
   if constexpr (Bytes == 16)  // past the first-level cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
+    SDP_MMA_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes),
-                 "r"(bytes)
-                 : "memory");
+    SDP_MMA_ASM("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(Bytes),
+                "r"(bytes)
+                : "memory");
 }
 // Ends this thread's group of copies.
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_commit() { SDP_MMA_ASM("cp.async.commit_group;" ::: "memory"); }
 // Waits until all of this thread's groups but the newest `Left` have landed; other threads see them after a barrier.
 template <int Left>
 __device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+  SDP_MMA_ASM("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
 // 2ˣ within 2 units in the last place; 0 for −∞, and for what would be subnormal.
@@ -114,11 +123,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
 // Two numbers rounded to T in one register, `low` in its lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  uint32_t out;
+  uint32_t out = 0;
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    SDP_MMA_PURE_ASM("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    SDP_MMA_PURE_ASM("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
 

@@ -1,0 +1,86 @@
+// Register attention, forward and backward: which kernel runs, with what geometry. No torch and no <<<>>> here:
+// `launch(kernel, geometry, arguments...)` is the caller's, so that the emulator runs what a GPU would.
+//
+// Bytes per element of the result, of s bytes each: forward 4s, backward 8s where one block's other role finds what it
+// reads of a head in the second-level cache, 13s where not; and 4 to 12 bytes per token and head. Where K and V of a head
+// (Q and dY) don't fit on chip, they are read once per 128 rows (64 in backward).
+#pragma once
+#include "cuda/register_attention_backward.cuh"
+#include "cuda/register_attention_fma.cuh"
+
+namespace sdp {
+
+// Calls body with d rounded up to what there are kernels for.
+template <class Body>
+void with_channels(int d, const Body& body) {
+  if (d <= 32) return body(std::integral_constant<int, 32>());
+  if (d <= 64) return body(std::integral_constant<int, 64>());
+  if (d <= 96) return body(std::integral_constant<int, 96>());
+  return body(std::integral_constant<int, 128>());
+}
+
+template <class T>
+constexpr bool kAttentionFma = sizeof(T) > 2;  // which has no tensor cores that we use
+
+// Depends on T, d and the device's shared memory; only the number of blocks depends on the batch.
+template <class T, bool Fma = kAttentionFma<T>>
+AttentionPlan attention_plan(const AttentionCase<Accumulator<T>>& c, bool backward, const DeviceLimits& device) {
+  AttentionPlan plan{};
+  const int64_t heads = c.batch * c.heads, roles = backward ? 2 : 1;
+  if constexpr (Fma) {
+    plan.chunk = kFmaStep, plan.rounds = 1, plan.parts = static_cast<int>(ceil_div(c.tokens, kFmaStep));
+    plan.geometry = {roles * heads * plan.parts, kFmaWarps * kWarp, attention_fma_shared(c.d, sizeof(Accumulator<T>))};
+  } else {
+    with_channels(c.d, [&](auto channels) {
+      constexpr int D = channels, warps = kAttentionWarps<D>;
+      auto shared = [&](int64_t rows) {
+        return backward ? attention_backward_shared<D>(rows) : attention_forward_shared<D>(rows);
+      };
+      const int64_t tiles = ceil_div(c.tokens, 16);
+      const int64_t rounds = ceil_div(tiles, warps * (backward ? 1 : kAttentionRowTiles<D>));
+      int64_t rows = tiles * 16;
+      if (shared(rows) <= device.block_shared) {
+        plan.rounds = static_cast<int>(rounds), plan.parts = 1;
+      } else {  // as many as let two blocks share a multiprocessor, or one where that would be few
+        auto most_rows = [&](int64_t bytes) { return (bytes - shared(0)) / (shared(16) - shared(0)) * 16; };
+        rows = most_rows(device.multiprocessor_shared / 2 - kReservedShared);
+        if (rows < 64) rows = most_rows(device.block_shared);
+        if (rows < 16) rows = 16;  // more than the device has: its launch says so
+        plan.rounds = 1, plan.parts = static_cast<int>(rounds);
+      }
+      plan.chunk = static_cast<int>(rows);
+      plan.geometry = {roles * heads * plan.parts, warps * kWarp, shared(rows)};
+    });
+  }
+  return plan;
+}
+
+template <class T, bool Fma = kAttentionFma<T>, class Launch>
+void register_attention_forward(const AttentionCase<Accumulator<T>>& c, const AttentionPlan& plan,
+                                const Launch& launch) {
+  if constexpr (Fma) launch(&register_attention_fma_fwd<T>, plan.geometry, c, plan);
+  else
+    with_channels(c.d, [&](auto channels) {
+      launch(&register_attention_mma_fwd<T, channels>, plan.geometry, c, plan);
+    });
+}
+
+// c.partial must have plan.geometry.blocks rows of (2, d) if there is a norm.
+template <class T, bool Fma = kAttentionFma<T>, class Launch>
+void register_attention_backward(const AttentionCase<Accumulator<T>>& c, const AttentionPlan& plan,
+                                 const AttentionGradients<Accumulator<T>>& gradients, const Launch& launch) {
+  using A = Accumulator<T>;
+  if (plan.geometry.blocks > 0) {
+    if constexpr (Fma) launch(&register_attention_fma_bwd<T>, plan.geometry, c, plan);
+    else
+      with_channels(c.d, [&](auto channels) {
+        launch(&register_attention_mma_bwd<T, channels>, plan.geometry, c, plan);
+      });
+  }
+  if (!c.q_norm.there && !c.k_norm.there) return;
+  const A* partial = c.partial;
+  launch(&register_attention_sums<A>, attention_sums_geometry(c.d, sizeof(A)), partial, plan.geometry.blocks / 2, c.d,
+         gradients);
+}
+
+}  // namespace sdp

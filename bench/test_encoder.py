@@ -74,7 +74,7 @@ def config(case: Case) -> SdPNetConfig:
     """The model's options around a block like the case's."""
     return SdPNetConfig(
         dim=case.channels, heads=heads(case.channels), activation=case.variant, registers=case.registers, dropout=0.0,
-        token_eps=EPS,
+        token_eps=EPS, head="mean",  # which needs no registers
     )  # fmt: skip
 
 

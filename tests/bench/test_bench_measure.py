@@ -286,6 +286,7 @@ def test_every_benchmark_is_complete(name) -> None:
         for case in every:
             assert (case.operator, case.device) == (known.name, device)
             assert 0 <= known.hidden(case) <= known.traffic(case)
+            assert callable(known.contender("ours").build(dataclasses.replace(case, device="cpu")))
 
 
 def runs_here(contender: Contender, problem: Case) -> bool:

@@ -10,6 +10,7 @@ from .ops.conv_mlp import ConvMLPWeights, conv_mlp
 from .ops.convnext_block import ConvNeXtWeights, convnext_block
 from .ops.depthwise_conv2d import Norm, depthwise_conv2d
 from .ops.dropout import dropout, make_rng
+from .ops.feed_forward import FeedForwardWeights, feed_forward
 from .ops.kelu import kelu
 from .ops.layer_norm_2d import layer_norm_2d
 from .ops.linear import linear
@@ -28,6 +29,7 @@ __all__ = [
     "ConvNeXtBlock",
     "ConvNeXtWeights",
     "DepthwiseConv2d",
+    "FeedForwardWeights",
     "KeLU",
     "LayerNorm2d",
     "Norm",
@@ -38,6 +40,7 @@ __all__ = [
     "convnext_block",
     "depthwise_conv2d",
     "dropout",
+    "feed_forward",
     "kelu",
     "layer_norm_2d",
     "linear",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sdp_kernels
-from sdp_kernels import ConvMLPWeights
+from sdp_kernels import ConvMLPWeights, FeedForwardWeights
 
 from .config import SdPNetConfig
 
@@ -122,6 +122,7 @@ class Encoder(Part):
         self.heads, self.eps, self.registers = config.heads, config.token_eps, config.registers
         self.drop_path, self.dropout = drop_path, config.dropout
         self.attention_dropout, self.projection_dropout = config.attention_dropout, config.projection_dropout
+        # feed_forward takes the number of its first masks and the one that follows.
         self.attention_layer, self.projection_layer, self.up_layer, self.down_layer = (next(ids) for _ in range(4))
         self.norm1 = Norm(dim, config.token_eps)
         self.qkv = Dense(dim, 3 * dim, bias=False)
@@ -146,22 +147,30 @@ class Encoder(Part):
             rng=rng, layer=self.attention_layer, backend=self.backend,
         )  # fmt: skip
 
-    def hidden(self, x: Tensor, rng: Tensor | None) -> Tensor:
-        """Normed tokens → the feed-forward half's hidden layer after dropout."""
-        rate = self.dropout if self.training else 0.0
-        h = self.up(x, dropout=rate, rng=rng, layer=self.up_layer)
-        return h if self.gate is None else h * self.gate(x)  # what is dropped of one factor is of the product
+    def feed_forward(self, x: Tensor, rng: Tensor | None, dropout: float, drop_path: float) -> Tensor:
+        """t ← t + DropPath(γ₄ · FFN(LN(t)))."""
+        masks = {"dropout": dropout, "drop_path": drop_path, "rng": rng}
+        up, down = self.up, self.down
+        if self.gate is None:
+            weights = FeedForwardWeights(
+                self.norm2.weight, self.norm2.bias, up.weight, up.bias, down.weight, down.bias, self.scale2
+            )
+            return sdp_kernels.feed_forward(
+                x, weights, activation=up.activation, eps=self.eps, layer=self.up_layer, backend=self.backend, **masks
+            )
+        x, h = self.norm2.branch(x)
+        # What is dropped of one factor is dropped of the product.
+        h = up(h, dropout=dropout, rng=rng, layer=self.up_layer) * self.gate(h)
+        return down(h, layer_scale=self.scale2, residual=x, layer=self.down_layer, **masks)
 
     def forward(self, x: Tensor, rng: Tensor | None) -> Tensor:
-        path = {"drop_path": self.drop_path if self.training else 0.0, "rng": rng}
+        rates = (self.projection_dropout, self.dropout, self.drop_path)
+        projection, dropout, drop_path = rates if self.training else (0.0, 0.0, 0.0)
+        masks = {"dropout": projection, "drop_path": drop_path, "rng": rng}
         x, h = self.norm1.branch(x)
         h = self.attention(h, rng)
-        rate = self.projection_dropout if self.training else 0.0
-        x = self.out(h, layer_scale=self.scale1, residual=x, dropout=rate, layer=self.projection_layer, **path)
-        x, h = self.norm2.branch(x)
-        h = self.hidden(h, rng)
-        rate = self.dropout if self.training else 0.0
-        return self.down(h, layer_scale=self.scale2, residual=x, dropout=rate, layer=self.down_layer, **path)
+        x = self.out(h, layer_scale=self.scale1, residual=x, layer=self.projection_layer, **masks)
+        return self.feed_forward(x, rng, dropout, drop_path)
 
 
 class Block(nn.Module):

@@ -182,6 +182,22 @@ def convnext_shapes(c: int, hidden: int, k: int = 3) -> tuple[tuple[int, ...], .
     return (c, 1, k, k), (c,), (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)
 
 
+def _feed_forward_call(activation, dropout=0.0, drop_path=0.0):
+    def call(backend, x, *weights):
+        more = {"activation": activation, "dropout": dropout, "drop_path": drop_path}
+        more |= {"rng": sk.make_rng(3, 1) if dropout or drop_path else None, "layer": 6}
+        return sk.feed_forward(x, sk.FeedForwardWeights(*weights), **more, backend=backend)
+
+    return call, None if dropout or drop_path else lambda x, *weights: plain.feed_forward(
+        x, sk.FeedForwardWeights(*weights), activation, 1e-5
+    )
+
+
+def feed_forward_shapes(c: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of FeedForwardWeights' fields."""
+    return (c,), (c,), (hidden, c), (hidden,), (c, hidden), (c,), (c,)
+
+
 def _attention_call(registers, attend, normed, dropout=0.0):
     def call(backend, qkv, *norms):
         more = {"registers": registers, "attend": attend, "backend": backend}
@@ -315,6 +331,20 @@ CASES = [
         registers=2,
         keeps_registers=True,
         offsets={3: 1},
+    ),
+    Case(
+        "feed_forward",
+        "feed_forward",
+        (_TOKENS, *feed_forward_shapes(5, 6)),
+        *_feed_forward_call("kelu"),
+        offsets={1: 1},
+    ),
+    Case(
+        "feed_forward-masks",
+        "feed_forward",
+        (_TOKENS, *feed_forward_shapes(5, 6)),
+        *_feed_forward_call("gelu", 0.3, 0.3),
+        offsets={1: 1},
     ),
     Case("attention", "register_attention", ((2, 4, 3, 2, 8),), *_attention_call(1, "all", False)),
     Case(

@@ -95,6 +95,11 @@ def convnext_block(x: Tensor, w, grid: tuple[int, int], registers: int, activati
     return linear(h, w.project_weight, w.project_bias, "none", w.layer_scale, x, registers)
 
 
+def feed_forward(x: Tensor, w, activation: str, eps: float) -> Tensor:
+    h = linear(layer_norm_2d(x, w.norm_weight, w.norm_bias, eps), w.expand_weight, w.expand_bias, activation)
+    return linear(h, w.project_weight, w.project_bias, "none", w.layer_scale, x)
+
+
 def register_attention(qkv, q_norm=None, k_norm=None, eps=1e-5, scale=None, registers=0, attend="all") -> Tensor:
     """Head by head, query by query."""
     batch, tokens, _, heads, d = qkv.shape

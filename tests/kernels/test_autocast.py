@@ -18,6 +18,7 @@ WANTED = {  # dtype of the (last) output for fp32 inputs
     "depthwise_conv2d": LOW,
     "conv_mlp": torch.float32,  # the residual's
     "convnext_block": torch.float32,
+    "feed_forward": torch.float32,
     "register_attention": LOW,
 }
 

@@ -129,7 +129,10 @@ def test_forced_backend_is_traced_and_guarded():
     assert counter.frame_count == 2 if BACKENDS["cpu"].absent is None else counter.frame_count <= 2
 
 
-INDUCTOR = ["kelu", "norm-tokens-residual", "conv", "linear-intermediate", "conv_mlp", "attention-normed"]
+INDUCTOR = [
+    *("kelu", "norm-tokens-residual", "conv", "linear-intermediate", "attention-normed"),
+    *("conv_mlp", "convnext_block", "feed_forward"),
+]
 
 
 def test_inductor_list_is_complete():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_conv_mlp import weights
 from test_convnext_block import weights as convnext_weights
+from test_feed_forward import weights as feed_forward_weights
 
 import sdp_kernels as sk
 from sdp_kernels.backends import BACKENDS
@@ -19,6 +20,7 @@ ONES, META = torch.ones(4), Z(4, device="meta")
 RNG = sk.make_rng(1)
 W = weights(4, 6, dtype=torch.float32)
 V = sk.ConvNeXtWeights(*(w.float() for w in convnext_weights(4, 6)))
+FFN = sk.FeedForwardWeights(*(w.float() for w in feed_forward_weights(4, 6)))
 STATISTICS = sk.Norm(Z(2, 3, 5), Z(2, 3, 5), ONES, ONES)
 
 
@@ -42,6 +44,11 @@ def mlp(x=TOKENS, grid=(2, 3), registers=1, **more):
 def convnext(x=TOKENS, grid=(2, 3), registers=1, **more):
     fields = {k: more.pop(k) for k in list(more) if k in V._fields}
     return sk.convnext_block(x, V._replace(**fields), grid=grid, registers=registers, **more)
+
+
+def feed_forward(x=TOKENS, **more):
+    fields = {k: more.pop(k) for k in list(more) if k in FFN._fields}
+    return sk.feed_forward(x, FFN._replace(**fields), **more)
 
 
 def attention(qkv=QKV, q_norm=None, k_norm=None, **more):
@@ -204,6 +211,21 @@ WRONG = {
         *rates("drop_path"),
         *BACKEND,
     ],
+    feed_forward: [
+        *tensor("x", [Z(4), Z(7, 4), PICTURE]),
+        *(
+            (e, f"weights.{n}", m)
+            for f in FFN._fields
+            for e, n, m in parameter(f, getattr(FFN, f), f in ("expand_bias", "project_bias", "layer_scale"))
+        ),
+        (ValueError, "weights.expand_weight", {"expand_weight": Z(6, 5)}),
+        (ValueError, "weights.project_weight", {"project_weight": Z(6, 4)}),
+        *ACTIVATION,
+        *EPS,
+        *rates("dropout"),
+        *rates("drop_path"),
+        *BACKEND,
+    ],
     attention: [
         *tensor("qkv", [Z(2, 7, 48), Z(2, 7, 2, 2, 8), Z(2, 7, 3, 2), Z(2, 0, 3, 2, 8), Z(2, 7, 3, 0, 8)]),
         *((ValueError, "qkv", {"qkv": Z(2, 7, 3, 2, d)}) for d in (0, 1, 4, 12, 33, 136, 256)),
@@ -294,7 +316,7 @@ def test_message_names_the_argument(call, error, name, arguments, no_kernel):
 def test_good_arguments_raise_nothing():
     """Each call of the list above, left as it is: what was wrong there is wrong by itself."""
     norm(), norm(TOKENS, registers=2), conv(), conv(TOKENS, grid=(2, 3), registers=1), linear(registers=2), mlp()
-    convnext()
+    convnext(), feed_forward()
     (
         conv(norm=STATISTICS),
         mlp(PICTURE, None, 0),
@@ -310,6 +332,8 @@ def test_weights_of_the_blocks_must_be_named():
         sk.conv_mlp(TOKENS, tuple(W), grid=(1, 7))
     with pytest.raises(TypeError, match="weights must be a ConvNeXtWeights"):
         sk.convnext_block(TOKENS, tuple(V), grid=(1, 7))
+    with pytest.raises(TypeError, match="weights must be a FeedForwardWeights"):
+        sk.feed_forward(TOKENS, tuple(FFN))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

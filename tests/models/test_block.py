@@ -27,7 +27,7 @@ OPTIONS = {
     "no q/k norm": {"qk_norm": False},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-COPIES = ("aten::copy_", "aten::clone", "aten::cat", "aten::_to_copy", "aten::slice_backward", "aten::contiguous")
+COPIES = ("aten::copy_", "aten::clone", "aten::cat", "aten::_to_copy", "aten::slice_backward")
 SUMS = ("aten::add", "aten::add_")
 
 
@@ -114,9 +114,8 @@ def live_bytes(block, x):
 
 @every_option
 def test_fused_block_keeps_at_most_six_tenths(options):
-    """A little more without q/k norms, whose inputs and results the unfused block then does not keep either."""
     fused, unfused = (live_bytes(make(f, torch.bfloat16, **options), tokens(32, torch.bfloat16)) for f in (True, False))
-    assert fused <= (0.6 if options.get("qk_norm", True) else 0.65) * unfused, fused / unfused
+    assert fused <= 0.6 * unfused, fused / unfused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

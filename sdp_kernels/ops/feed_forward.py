@@ -1,0 +1,180 @@
+"""A transformer's feed-forward branch as one operator."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ..composed import feed_forward as composed
+from ..reference.feed_forward import FeedForwardWeights
+from ..reference.philox import drop_path_mask
+from ..reference.precision import autocast_dtype
+from ._checks import check_eps, check_floating, check_layer, check_parameter, check_rank, check_rate, check_rng
+from ._contract import define, launch, refuse_double_backward
+from .activation import check_activation
+from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
+
+SCHEMAS = {}
+
+define(
+    "feed_forward",
+    SCHEMAS,
+    {},
+    uses=("layer_norm_2d_fwd", "layer_norm_2d_bwd", "linear_epilogue_fwd", "linear_epilogue_bwd"),
+)
+
+_OPTIONAL = {"expand_bias", "project_bias", "layer_scale"}
+_CAST = ("expand", "project")
+
+
+def _check_weights(weights: FeedForwardWeights, x: Tensor) -> None:
+    if not isinstance(weights, FeedForwardWeights):
+        raise TypeError(f"weights must be a FeedForwardWeights, got {type(weights).__name__}")
+    check_floating("weights.expand_weight", weights.expand_weight)
+    channels, hidden = x.shape[2], weights.expand_weight.shape[0]
+    shapes = {
+        "expand_weight": (hidden, channels),
+        "expand_bias": (hidden,),
+        "project_weight": (channels, hidden),
+    }
+    for name, value in zip(FeedForwardWeights._fields, weights, strict=True):
+        if value is not None or name not in _OPTIONAL:
+            check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+
+
+class _Options(NamedTuple):
+    """Everything about one call that is not a tensor: of the first linear layer, and of the second."""
+
+    eps: float
+    inner: Branch
+    outer: Branch
+
+    def norm(self, x: Tensor, w: FeedForwardWeights) -> tuple[Tensor, ...]:
+        return launch(self.inner.backend, "layer_norm_2d_fwd", x, None, w.norm_weight, w.norm_bias, self.eps, 0)
+
+
+class _FeedForward(torch.autograd.Function):
+    """One node. Of what lies between it keeps the pre-activation and the norm's statistics."""
+
+    @staticmethod
+    def forward(ctx, x, mask, rng, o: _Options, *weights):
+        w = FeedForwardWeights(*weights)
+        n, mean, rstd, _ = o.norm(x, w)
+        n = n.to(w.expand_weight.dtype)
+        h, hidden = branch_fwd(n, w.expand_weight, w.expand_bias, None, None, None, o.inner, rng)
+        if o.inner.activation == "none":
+            hidden = h  # there is nothing to compute again
+        y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale, x, mask, o.outer, rng)
+        ctx.save_for_backward(x, hidden, mean, rstd, mask, None if rng is None else rng.clone(), *weights)
+        ctx.options = o
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward("feed_forward")
+        x, hidden, mean, rstd, mask, rng, *weights = ctx.saved_tensors
+        o, w, d = ctx.options, FeedForwardWeights(*weights), {}
+        project = (w.project_weight, w.project_bias, w.layer_scale, mask)
+        if rng is None:
+            dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale"] = hidden_bwd(
+                grad, hidden, *project, o.inner
+            )
+        else:
+            inner, masks = o.inner, (0, o.inner.dropout, rng, o.inner.layer)
+            plain = inner.activation == "none"
+            h = hidden if plain else launch(
+                inner.backend, "linear_epilogue_fwd", hidden, inner.activation, None, None, None, *masks
+            )  # fmt: skip
+            dh, d["project_weight"], d["project_bias"], d["layer_scale"] = branch_bwd(
+                grad, h, None, *project, o.outer, rng
+            )
+            del h
+            dhidden, _, d["expand_bias"] = launch(
+                inner.backend, "linear_epilogue_bwd", dh, hidden, inner.activation, None, None, *masks
+            )
+            del dh
+        n = o.norm(x, w)[0].to(hidden.dtype)
+        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
+        del n
+        dn = dhidden @ w.expand_weight
+        del dhidden
+        dx, d["norm_weight"], d["norm_bias"] = launch(
+            o.inner.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x, w.norm_weight, mean, rstd, 0
+        )
+        gradients = (
+            None if weight is None else d[name].to(weight.dtype) for name, weight in zip(w._fields, w, strict=True)
+        )
+        return dx, None, None, None, *gradients
+
+
+def _fused(x, w: FeedForwardWeights, activation, eps, dropout, drop_path, rng, layer, backend: str) -> Tensor:
+    """Casts the linear layers' parameters as autocast wants it, draws the drop-path mask, and runs the node."""
+    dtype = autocast_dtype(x) or x.dtype
+    parts = (
+        part.to(dtype) if part is not None and name.startswith(_CAST) else part
+        for name, part in zip(w._fields, w, strict=True)
+    )
+    mask = drop_path_mask(rng, drop_path, layer + 1, x.shape[0]) if drop_path else None
+    inner = Branch(activation, 0, backend, float(dropout), layer)
+    options = _Options(float(eps), inner, Branch("none", 0, backend, float(dropout), layer + 1))
+    return _FeedForward.apply(x, mask, rng if dropout else None, options, *parts)
+
+
+def feed_forward(
+    x: Tensor,
+    weights: FeedForwardWeights,
+    *,
+    activation: str = "gelu",
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    rng: Tensor | None = None,
+    layer: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """A transformer's second half: ``x + DropPath(γ · drop(W₂(drop(act(W₁(LN(x)))))))`` on all tokens.
+
+    Args:
+        x: token buffer (B, T, C) of any strides.
+        weights: :class:`FeedForwardWeights`; biases and the layer scale may be None.
+        activation: one of ``ACTIVATIONS``. eps: of the norm.
+        dropout: rate in [0, 1) after each of the two linear layers; drop_path: rate in [0, 1), per sample.
+        rng, layer: source of the masks, see :func:`make_rng`: ``layer`` draws the first dropout, ``layer + 1`` the
+            second and the drop-path.
+        backend: run this backend or raise; None chooses.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Fused, it is one autograd node that keeps, beside x, the pre-activation (hidden elements a token) and the norm's
+    mean and rstd, 8 bytes a token; the norm, the activation and their inputs are computed again, and the residual's
+    gradient joins in the norm's backward pass. It is not twice differentiable there, and a clear error says so.
+
+    Raises:
+        TypeError, ValueError: naming the argument; UnsupportedError: named backend.
+
+    Source of the formula: Vaswani et al. (2017), with the norm in front as in Xiong et al., "On layer normalization in
+    the transformer architecture" (2020).
+    """
+    check_floating("x", x)
+    check_rank("x", x, (3,), "(B, T, C)")
+    _check_weights(weights, x)
+    check_activation(activation)
+    check_eps(eps)
+    check_rate("dropout", dropout)
+    check_rate("drop_path", drop_path)
+    if dropout or drop_path:
+        check_layer(layer)
+    check_rng(rng, max(dropout, drop_path), x)
+    limits = {}
+    if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
+        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {autocast_dtype(x)} branch to a {x.dtype} x")
+    chosen = choose("feed_forward", x, backend, limits)
+    if chosen in ("composed", "reference"):
+        form = (composed if chosen == "composed" else reference.feed_forward).feed_forward
+    else:
+        form = functools.partial(_fused, backend=chosen)
+    return form(x, weights, activation, eps, dropout, drop_path, rng, layer)

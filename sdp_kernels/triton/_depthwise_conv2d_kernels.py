@@ -65,13 +65,14 @@ def convolve(
     end = tl.minimum(last + P, height)
     ring = of.repeated(start, (K - 1) * OUT)
     asked = of.ask(x, statistics, begin, column, inside, width, -P, WIDE, OUT, FULL, EVEN)
+    values = of.settled(of.answer(asked, norm, column, inside, width, -P, WIDE, OUT, FULL, ACC), WIDE)
     for row in tl.range(begin, end):
-        values = of.answer(asked, norm, column, inside, width, -P, WIDE, OUT, FULL, ACC)
         following = tl.minimum(row + 1, end - 1)
         asked = of.ask(x, statistics, following, column, inside, width, -P, WIDE, OUT, FULL, EVEN)
         sums = of.scatter(ring, start, values, taps, K, OUT)
         of.write(y, row - P, sums, column, inside, of.between(row - P, first, last, width), 0, OUT, EVEN)
         ring = of.slice_of(sums, OUT, (K - 1) * OUT)
+        values = of.answer(asked, norm, column, inside, width, -P, WIDE, OUT, FULL, ACC)  # waits for what was asked
     for j in tl.static_range(P):
         row = end - P + j
         of.write(y, row, ring, column, inside, of.between(row, first, last, width), j * OUT, OUT, EVEN)
@@ -127,10 +128,10 @@ def backward(
             asked = of.ask(x, statistics, row, column, inside, there, 0, OUT, OUT, False, EVEN)
             around = around + of.answer(asked, norm, column, inside, there, 0, OUT, OUT, False, ACC)
         asked = of.read(dy, begin, column, inside, width, -P, WIDE, OUT, FULL, EVEN)
+        values = of.settled(of.answer(asked, (), column, inside, width, -P, WIDE, OUT, FULL, ACC), WIDE)
         for row in tl.range(begin, end):
             there = of.between(row + P, first, last, width)
             below = of.ask(x, statistics, row + P, column, inside, there, 0, OUT, OUT, False, EVEN)
-            values = of.answer(asked, (), column, inside, width, -P, WIDE, OUT, FULL, ACC)
             following = tl.minimum(row + 1, end - 1)
             asked = of.read(dy, following, column, inside, width, -P, WIDE, OUT, FULL, EVEN)
             if dx_ptr is not None:
@@ -144,6 +145,7 @@ def backward(
             for o in tl.static_range(OUT):
                 here += values[P + o]
             dbias += tl.where((row >= first) & (row < last), here, 0.0)
+            values = of.answer(asked, (), column, inside, width, -P, WIDE, OUT, FULL, ACC)
         if dx_ptr is not None:
             for j in tl.static_range(P):
                 row = end - P + j

@@ -124,6 +124,16 @@ def answer(
 
 
 @triton.jit
+def settled(values, COUNT: tl.constexpr):
+    """The same values, before a loop that ends with ``answer``. Were they a conversion here too, LLVM would carry them
+    through the loop as they were read, and pack and unpack them on the way: 30 instructions a row at K = 7."""
+    same = ()
+    for e in tl.static_range(COUNT):
+        same = same + (values[e] + 0.0,)
+    return same
+
+
+@triton.jit
 def parameter(ptr, step, channel, inside, ACC: tl.constexpr):
     """A parameter of each lane's channel; 0 if there is none."""
     if ptr is None:

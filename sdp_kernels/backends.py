@@ -56,10 +56,15 @@ class Backend:
         return reasons
 
 
+def _cpu_prefers(kernel: str, x: Tensor, weight: Tensor) -> bool:
+    """Backward through an activation is one pass behind the GEMM instead of two; forward there is nothing to gain."""
+    return kernel == "linear_gemm_bwd"
+
+
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", "sdp_kernels_cpp", frozenset({"cpu"}), FLOATING),
+        Backend("cpu", "sdp_kernels_cpp", frozenset({"cpu"}), FLOATING, prefers=_cpu_prefers),
         Backend("cuda", "sdp_kernels_cpp", frozenset({"cuda"}), HALF_AND_SINGLE),
         # In Triton's interpreter (a test's tool, not a way to train) the kernels run on CPU tensors, fp64 included.
         Backend(

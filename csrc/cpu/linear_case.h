@@ -17,7 +17,8 @@ struct EpilogueCase {
   Activation activation;
   TokenView z;                 // (B, T, N) of T; null in backward where nothing depends on it
   TokenView residual, grad;    // of R; residual may be null; grad is dy
-  void* out;                   // forward y of R, backward dz of T; contiguous
+  void* out;                   // forward y of R, backward dz of T (also in grad's place); contiguous
+  void* activated;             // backward: act(z) of T, contiguous, or null
   const void* scale;           // γ, accumulator type, padded like a row of sums, or null
   const float* mask;           // (B,) or null
   DropoutSource dropout;       // positions count row-major within a sample

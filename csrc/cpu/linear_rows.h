@@ -68,7 +68,7 @@ struct BackwardChunk {
   const R* grad;
   const float* factors;
   const Accumulator<T>* scale;
-  T* dz;
+  T *dz, *activated;
   Accumulator<T>*dscale, *dbias;
 
   template <class Act>
@@ -79,6 +79,7 @@ struct BackwardChunk {
       if (z != nullptr) {
         const auto both = act(load(z + i));
         if (dscale != nullptr) store(dscale + i, load(dscale + i) + value * both.value);
+        if (activated != nullptr) store(activated + i, both.value);
         value *= both.slope;
       }
       if (scale != nullptr) value *= load(scale + i);
@@ -152,16 +153,18 @@ void backward(const EpilogueCase& c, int64_t begin, int64_t end, int64_t block) 
   A* dbias = static_cast<A*>(c.dbias) + block * c.pitch;
   A* dscale = c.dscale == nullptr ? nullptr : static_cast<A*>(c.dscale) + block * c.pitch;
   with_activation(c.activation, [&](auto act) {
-    Staged<T> staged_z, staged_dz;
+    Staged<T> staged_z, staged_dz, staged_activated;
     Staged<R> staged_grad;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t sample = row / c.tokens, token = row % c.tokens;
       const T* z = c.z.data == nullptr ? nullptr : row_of<T>(c.z, sample, token);
       const R* grad = row_of<R>(c.grad, sample, token);
       T* dz = static_cast<T*>(c.out) + row * c.columns;
+      T* h = c.activated == nullptr ? nullptr : static_cast<T*>(c.activated) + row * c.columns;
       const A keep = token < c.registers ? A(0) : c.mask == nullptr ? A(1) : A(c.mask[sample]);
       if (keep == A(0)) {
         memset(dz, 0, c.columns * sizeof(T));
+        if (h != nullptr) memset(h, 0, c.columns * sizeof(T));
         continue;
       }
       for_chunks(c, sample, token, [&](int64_t first, int count, const float* factors) {
@@ -170,10 +173,12 @@ void backward(const EpilogueCase& c, int64_t begin, int64_t end, int64_t block) 
                                         factors,
                                         scale == nullptr ? nullptr : scale + first,
                                         staged_dz.open(dz, first, count),
+                                        h == nullptr ? nullptr : staged_activated.open(h, first, count),
                                         dscale == nullptr ? nullptr : dscale + first,
                                         dbias + first};
         chunk.run(keep, count, act);
         staged_dz.finish(dz, first, count, chunk.dz);
+        if (h != nullptr) staged_activated.finish(h, first, count, chunk.activated);
       });
     }
   });

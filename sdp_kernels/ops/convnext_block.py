@@ -26,7 +26,7 @@ from ._checks import (
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_bwd, branch_fwd
+from .linear import Branch, branch_fwd, hidden_bwd
 
 SCHEMAS = {}
 
@@ -97,18 +97,15 @@ class _ConvNeXtBlock(torch.autograd.Function):
         refuse_double_backward("convnext_block")
         x, conv, hidden, mean, rstd, mask, *weights = ctx.saved_tensors
         o, w, d = ctx.options, ConvNeXtWeights(*weights), {}
-        b, plain = o.branch, (None, None, o.branch.registers, 0.0, None, 0)
+        b = o.branch
 
-        h = launch(b.backend, "linear_epilogue_fwd", hidden, b.activation, None, *plain)
-        outer = b._replace(activation="none")
-        dh, d["project_weight"], d["project_bias"], d["layer_scale"] = branch_bwd(
-            grad, h, None, w.project_weight, w.project_bias, w.layer_scale, mask, outer
+        dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale"] = hidden_bwd(
+            grad, hidden, w.project_weight, w.project_bias, w.layer_scale, mask, b
         )
-        del h
-        dn, d["expand_weight"], d["expand_bias"], _ = branch_bwd(
-            dh, o.norm(conv, w)[0], hidden, w.expand_weight, w.expand_bias, None, None, b
-        )
-        del dh
+        n = o.norm(conv, w)[0]
+        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
+        dn = dhidden @ w.expand_weight
+        del n, dhidden
         dconv, d["norm_weight"], d["norm_bias"] = launch(
             b.backend, "layer_norm_2d_bwd", dn, None, conv, w.norm_weight, mean, rstd, b.registers
         )

@@ -87,7 +87,7 @@ def test_library_holds_every_kernel_of_an_operator_or_none():
 
 @needs_cpu
 def test_opcheck(calls):
-    assert calls.keys() == set(KERNELS)
+    assert calls.keys() >= set(KERNELS)
     for name, samples in calls.items():
         for arguments in samples:
             torch.library.opcheck(kernel(name), arguments, test_utils=OPCHECKS)

@@ -10,6 +10,7 @@ from _layouts import normal
 from _numerics import differentiate
 
 import sdp_kernels as sk
+from sdp_kernels.backends import BACKENDS
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 OPTIONAL = ("depthwise_bias", "pointwise_bias", "layer_scale1", "expand_bias", "project_bias", "layer_scale2")
@@ -89,6 +90,22 @@ def test_micro_batches_draw_what_the_whole_batch_draws(backend):
     whole = sk.conv_mlp(x, w, rng=sk.make_rng(5, 6), **more)
     parts = [sk.conv_mlp(x[a:b], w, rng=sk.make_rng(5, 6, first_sample=a), **more) for a, b in ((0, 2), (2, 3), (3, 9))]
     torch.testing.assert_close(torch.cat(parts), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("activation", sk.ACTIVATIONS)
+@pytest.mark.parametrize("registers", [0, 2])
+def test_backward_is_the_same_with_and_without_the_optional_kernels(backend, activation, registers, monkeypatch):
+    """A backend without a GEMM of its own through the activation takes the vendor's, and two passes behind it."""
+    w, x = weights(6, 9), normal(2, 6 + registers, 6)
+
+    def gradients():
+        more = {"grid": (2, 3), "registers": registers, "activation": activation, "backend": backend}
+        return differentiate(lambda x, *t: sk.conv_mlp(x, sk.ConvMLPWeights(*t), **more), [x, *w])[1]
+
+    with_them = gradients()
+    monkeypatch.setattr(BACKENDS[backend], "prefers", None)
+    for a, b in zip(with_them, gradients(), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_module(backend):

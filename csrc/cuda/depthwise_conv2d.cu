@@ -45,7 +45,8 @@ struct Prepared {
     sizes[0] = x.size(0), sizes[1] = x.size(picture ? 1 : 2);
     sizes[2] = picture ? x.size(2) : grid[0], sizes[3] = picture ? x.size(3) : grid[1];
     kernel = static_cast<int>(weight.size(3));
-    c.batch = sizes[0], c.channels = static_cast<int>(sizes[1]);
+    STD_TORCH_CHECK(sizes[0] * sizes[2] * sizes[3] < int64_t(1) << 31, "depthwise_conv2d: at most 2^31 - 1 pixels");
+    c.batch = static_cast<int>(sizes[0]), c.channels = static_cast<int>(sizes[1]);
     c.height = static_cast<int>(sizes[2]), c.width = static_cast<int>(sizes[3]);
     c.registers = picture ? 0 : static_cast<int>(registers);
     c.x = view_of(x, sizes, registers);

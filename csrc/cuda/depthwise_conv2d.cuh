@@ -5,6 +5,7 @@
 // the rows that neighbouring tiles of a large image both need. Geometry follows from the shape alone, not from the device.
 #pragma once
 #include "cuda/depthwise_conv2d_fma.cuh"
+#include "cuda/depthwise_conv2d_mma.cuh"
 
 namespace sdp {
 
@@ -16,31 +17,25 @@ struct DepthwisePlan {
   LaunchGeometry geometry;
 };
 
-constexpr int64_t kFmaShared = 79 * 1024;  // of a block, at most: two on a multiprocessor of 164 KB
+// Shared memory of a block, at most.
+constexpr int64_t kFmaShared = 79 * 1024;          // two on a multiprocessor of 164 KB
+constexpr int64_t kMmaForwardShared = 72 * 1024;   // three on one of 228 KB, two on one of 164 KB
+constexpr int64_t kMmaBackwardShared = 98 * 1024;  // two on one of 228 KB; the most that some devices have
 constexpr int kDepthwiseMaxColumns = 64;   // of a tile
 
-// A tile of `rows` rows and `images` images; its planes for T, with `out` planes of their own or written back in place.
-template <class T>
-void shape_planes(DepthwiseTile& t, int kernel, int height, int width, bool own_out, int image_padding) {
-  const int border = kernel / 2;
-  t.blocks = t.columns / kDepthwiseColumns;
-  DepthwiseWindow &in = t.in, &out = t.out;
-  in.row_pitch = t.columns + 2 * kDepthwiseMargin;
-  in.image_pitch = (t.rows + 2 * border) * in.row_pitch + image_padding;
-  in.plane_pitch = odd_pitch<T>(t.images * in.image_pitch);
+// A window of a tile with what surrounds it, or without; its pitches stand.
+inline void window_with_border(DepthwiseWindow& w, const DepthwiseTile& t, int border, int height, int width) {
   const bool whole_rows = t.column_tiles == 1, whole_columns = t.row_tiles == 1;
   // Where the tile is the image, its surroundings are zeros for good and only the image is moved.
-  in.row = whole_columns ? 0 : -border, in.rows = whole_columns ? height : t.rows + 2 * border;
-  in.column = whole_rows ? 0 : -kDepthwiseMargin;
-  in.columns = whole_rows ? static_cast<int>(ceil_div(width, 4)) * 4 : t.columns + 2 * kDepthwiseMargin;
-  in.at = (whole_columns ? border * in.row_pitch : 0) + (whole_rows ? kDepthwiseMargin : 0);
-  out.row = out.column = 0, out.rows = whole_columns ? height : t.rows;
-  out.columns = whole_rows ? in.columns : t.columns;
-  out.at = own_out ? 0 : kDepthwiseMargin;
-  out.row_pitch = own_out ? t.columns : in.row_pitch;
-  out.image_pitch = own_out ? t.rows * out.row_pitch : in.image_pitch;
-  out.plane_pitch = own_out ? odd_pitch<T>(t.images * out.image_pitch) : in.plane_pitch;
-  t.plane_elements = plane_elements<T>(t.channels, in.plane_pitch);
+  w.row = whole_columns ? 0 : -border, w.rows = whole_columns ? height : t.rows + 2 * border;
+  w.column = whole_rows ? 0 : -kDepthwiseMargin;
+  w.columns = whole_rows ? static_cast<int>(ceil_div(width, 4)) * 4 : t.columns + 2 * kDepthwiseMargin;
+  w.at = (whole_columns ? border * w.row_pitch : 0) + (whole_rows ? kDepthwiseMargin : 0);
+}
+inline void window_without_border(DepthwiseWindow& w, const DepthwiseTile& t, int height, int width) {
+  w.row = w.column = w.at = 0;
+  w.rows = t.row_tiles == 1 ? height : t.rows;
+  w.columns = t.column_tiles == 1 ? static_cast<int>(ceil_div(width, 4)) * 4 : t.columns;
 }
 
 // The tile's rows and columns: as few tiles as `fits(tile)` allows, all about the same.
@@ -49,12 +44,13 @@ void shape_tile(DepthwiseTile& t, int strip, int height, int width, const Fits& 
   t.images = 1;
   t.column_tiles = static_cast<int>(ceil_div(width, kDepthwiseMaxColumns));
   t.columns = static_cast<int>(ceil_div(ceil_div(width, t.column_tiles), kDepthwiseColumns)) * kDepthwiseColumns;
+  t.blocks = t.columns / kDepthwiseColumns;
   for (t.row_tiles = 1;; ++t.row_tiles) {
     t.rows = static_cast<int>(ceil_div(ceil_div(height, t.row_tiles), strip)) * strip;
+    t.strips = t.rows / strip;
     if (t.rows == strip || fits(t)) break;
   }
   t.row_tiles = static_cast<int>(ceil_div(height, t.rows));
-  t.strips = t.rows / strip;
 }
 
 // In how many parts blocks take the tiles of a group of channels, `slots` blocks running at a time: as few rounds of as
@@ -74,11 +70,12 @@ inline int64_t depthwise_splits(int64_t items, int64_t groups, int64_t slots) {
 template <class T>
 void share_items(DepthwiseTile& t, int64_t batch, int channels, int height, int width, int64_t slots) {
   t.groups = static_cast<int>(ceil_div(channels, t.channels));
-  t.items = ceil_div(batch, t.images) * t.row_tiles * t.column_tiles;
+  t.items = static_cast<int>(ceil_div(batch, t.images) * t.row_tiles * t.column_tiles);
   t.splits = t.items == 0 ? 0 : static_cast<int>(depthwise_splits(t.items, t.groups, slots));
   t.by_images = divider(t.images), t.by_width = divider(width), t.by_height = divider(height);
   t.by_strips = divider(t.strips), t.by_blocks = divider(t.blocks);
-  prepare_window<T>(t.in, t, height, width), prepare_window<T>(t.out, t, height, width);
+  for (DepthwiseWindow* w : {&t.x, &t.grad, &t.out})
+    if (w->rows > 0) prepare_window<T>(*w, t, height, width);
 }
 
 // Blocks that an H200's multiprocessor holds.
@@ -94,25 +91,37 @@ inline int log2_of(int n) {
   return log;
 }
 
+// Bytes of shared memory of a tile whose rows, columns and images stand; sets its windows.
+template <class T>
+int64_t fma_shape_planes(DepthwiseTile& t, int kernel, bool backward, int height, int width) {
+  t.x.row_pitch = t.columns + 2 * kDepthwiseMargin;
+  t.x.image_pitch = (t.rows + kernel - 1) * t.x.row_pitch;
+  t.x.plane_pitch = odd_pitch<T>(t.images * t.x.image_pitch);
+  window_with_border(t.x, t, kernel / 2, height, width);
+  t.x_elements = plane_elements<T>(t.channels, t.x.plane_pitch);
+  if (backward) t.grad = t.x, t.grad_elements = t.x_elements;
+  t.out.row_pitch = t.columns, t.out.image_pitch = t.rows * t.columns;
+  t.out.plane_pitch = odd_pitch<T>(t.images * t.out.image_pitch);
+  window_without_border(t.out, t, height, width);
+  const int64_t elements =
+      int64_t(t.x_elements) + t.grad_elements + plane_elements<T>(t.channels, t.out.plane_pitch);
+  return fma_parameters(kernel, t.channels) * int64_t(sizeof(Accumulator<T>)) + elements * int64_t(sizeof(T));
+}
+
 template <class T>
 DepthwisePlan depthwise_fma_plan(const DepthwiseCase<Accumulator<T>>& c, int kernel, bool backward,
                                  int64_t multiprocessors) {
-  constexpr int64_t wide = sizeof(Accumulator<T>);
-  const int strip = patch_rows(kernel, backward);
   DepthwisePlan plan{};
   plan.kernel = DepthwiseKernel::kFma;
   DepthwiseTile& t = plan.tile;
   t.channels = (backward ? 32 : 64) / int(sizeof(T)), t.log_channels = log2_of(t.channels);
   auto shared = [&](DepthwiseTile& tile) {
-    shape_planes<T>(tile, kernel, c.height, c.width, true, 0);
-    const int64_t elements =
-        (backward ? 2 : 1) * tile.plane_elements + plane_elements<T>(tile.channels, tile.out.plane_pitch);
-    return fma_parameters(kernel, tile.channels) * wide + elements * int64_t(sizeof(T));
+    return fma_shape_planes<T>(tile, kernel, backward, c.height, c.width);
   };
-  shape_tile(t, strip, c.height, c.width, [&](DepthwiseTile& tile) { return shared(tile) <= kFmaShared; });
+  shape_tile(t, patch_rows(kernel, backward), c.height, c.width,
+             [&](DepthwiseTile& tile) { return shared(tile) <= kFmaShared; });
   const int most = fma_threads(backward) / t.channels;  // patches at a time
-  while (t.row_tiles * t.column_tiles == 1 && t.images * t.strips * (t.columns / kDepthwiseColumns) < most &&
-         2 * t.images <= c.batch) {
+  while (t.row_tiles * t.column_tiles == 1 && t.images * t.strips * t.blocks < most && 2 * t.images <= c.batch) {
     DepthwiseTile more = t;
     more.images *= 2;
     if (shared(more) > kFmaShared) break;
@@ -128,15 +137,97 @@ DepthwisePlan depthwise_fma_plan(const DepthwiseCase<Accumulator<T>>& c, int ker
   return plan;
 }
 
+// Pitches with which the 8 cells that an ldmatrix reads at a time meet different banks, or as few the same as can be.
+inline void mma_pitches(DepthwiseWindow& w, const DepthwiseTile& t, int rows, int row_pitch) {
+  int least = kMmaCells + 1;
+  for (int row_pad = 0; row_pad <= 8; row_pad += 8)
+    for (int image_pad = 0; image_pad < 64; image_pad += 8) {
+      const int row = row_pitch + row_pad, image = rows * row + image_pad;
+      int worst = 0;
+      for (int half = 0; half < 2; ++half) {
+        int meets[8] = {};
+        for (int r = half * 8; r < half * 8 + 8 && r / t.blocks < t.units; ++r) {
+          const int unit = r / t.blocks, strip = unit / t.images;
+          const int place = ((unit - strip * t.images) * image + strip * kMmaRows * row) / 8 + r % t.blocks;
+          const int met = ++meets[place % 8];
+          worst = met > worst ? met : worst;
+        }
+      }
+      if (worst < least) least = worst, w.row_pitch = row, w.image_pitch = image;
+    }
+  w.plane_pitch = t.images * w.image_pitch;
+}
+
+template <class T>
+int64_t mma_shape_planes(DepthwiseTile& t, int kernel, bool backward, int height, int width) {
+  t.units = kMmaCells / t.blocks;
+  DepthwiseWindow& bordered = backward ? t.grad : t.x;  // and written back in place
+  mma_pitches(bordered, t, t.rows + kernel - 1, t.columns + 2 * kDepthwiseMargin);
+  window_with_border(bordered, t, kernel / 2, height, width);
+  t.out = bordered;
+  window_without_border(t.out, t, height, width);
+  t.out.at = kDepthwiseMargin;
+  if (backward) {
+    mma_pitches(t.x, t, t.rows, t.columns);
+    window_without_border(t.x, t, height, width);
+    t.grad_elements = plane_elements<T>(t.channels, t.grad.plane_pitch);
+  }
+  t.x_elements = plane_elements<T>(t.channels, t.x.plane_pitch);
+  return mma_parameters(kernel) * 4 + (int64_t(t.x_elements) + t.grad_elements) * int64_t(sizeof(T));
+}
+
+template <class T>
+DepthwisePlan depthwise_mma_plan(const DepthwiseCase<float>& c, int kernel, bool backward, int64_t multiprocessors) {
+  DepthwisePlan plan{};
+  plan.kernel = DepthwiseKernel::kMma;
+  DepthwiseTile& t = plan.tile;
+  t.channels = kMmaChannels, t.log_channels = kMmaLogChannels;
+  const int64_t most = backward ? kMmaBackwardShared : kMmaForwardShared;
+  auto shared = [&](DepthwiseTile& tile) {
+    return mma_shape_planes<T>(tile, kernel, backward, c.height, c.width);
+  };
+  shape_tile(t, kMmaRows, c.height, c.width, [&](DepthwiseTile& tile) { return shared(tile) <= most; });
+  // Images to a tile: as few products with cells that are none as can be.
+  auto idle = [](const DepthwiseTile& tile) {
+    const int cells = tile.strips * tile.images * tile.blocks;
+    return ceil_div(tile.strips * tile.images, tile.units) * kMmaCells * 1000 / cells;
+  };
+  DepthwiseTile more = t;
+  shared(t), shared(more);
+  while (t.row_tiles * t.column_tiles == 1 && 2 * more.images <= c.batch && more.images < kMmaCells) {
+    more.images *= 2;
+    if (shared(more) > most) break;
+    if (idle(more) < idle(t)) t = more;
+  }
+  plan.geometry.shared = shared(t), plan.geometry.threads = kMmaWarps * kWarp;
+  const int64_t resident = depthwise_resident(mma_resident(kernel, backward), plan.geometry.shared);
+  share_items<T>(t, c.batch, c.channels, c.height, c.width, multiprocessors * resident);
+  plan.geometry.blocks = int64_t(t.groups) * t.splits;
+  return plan;
+}
+
+// Tensor cores multiply the 16-bit types; the 3×3 forward pass is short of memory, not of multiplications, and keeps what
+// is not finite where it belongs.
+template <class T>
+bool depthwise_on_tensor_cores(int kernel, bool backward) {
+  return sizeof(T) == 2 && (kernel > 3 || backward);
+}
+
 // Decides, and marks how the case's tensors are accessed. Of multiprocessors every device counts as an H200.
 template <class T>
 DepthwisePlan depthwise_conv2d_plan(DepthwiseCase<Accumulator<T>>& c, int kernel, bool backward, bool tensor_cores,
                                     int64_t multiprocessors = DeviceLimits{}.multiprocessors) {
-  (void)tensor_cores;
-  const DepthwisePlan plan = depthwise_fma_plan<T>(c, kernel, backward, multiprocessors);
+  DepthwisePlan plan;
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_cores && depthwise_on_tensor_cores<T>(kernel, backward))
+      plan = depthwise_mma_plan<T>(c, kernel, backward, multiprocessors);
+    else plan = depthwise_fma_plan<T>(c, kernel, backward, multiprocessors);
+  } else {
+    plan = depthwise_fma_plan<T>(c, kernel, backward, multiprocessors);
+  }
   const DepthwiseTile& t = plan.tile;
-  c.x.access = depthwise_access<T>(c.x, t.in, t, c.channels, c.height, c.width);
-  if (backward) c.grad.access = depthwise_access<T>(c.grad, t.in, t, c.channels, c.height, c.width);
+  c.x.access = depthwise_access<T>(c.x, t.x, t, c.channels, c.height, c.width);
+  if (backward) c.grad.access = depthwise_access<T>(c.grad, t.grad, t, c.channels, c.height, c.width);
   c.out.access = depthwise_access<T>(c.out, t.out, t, c.channels, c.height, c.width);
   return plan;
 }
@@ -188,7 +279,12 @@ void with_kernel_size(int kernel, const Body& body) {
 template <class T, class Launch>
 void depthwise_conv2d_forward(const DepthwiseCase<Accumulator<T>>& c, int kernel, const DepthwisePlan& plan,
                               const Launch& launch) {
-  with_kernel_size(kernel, [&](auto size) { launch(&depthwise_fma_fwd<T, size>, plan.geometry, c, plan.tile); });
+  with_kernel_size(kernel, [&](auto size) {
+    if constexpr (sizeof(T) == 2 && size > 3)
+      if (plan.kernel == DepthwiseKernel::kMma)
+        return launch(&depthwise_mma_fwd<T, size>, plan.geometry, c, plan.tile);
+    launch(&depthwise_fma_fwd<T, size>, plan.geometry, c, plan.tile);
+  });
 }
 
 // c.partial must have plan.tile.splits rows; dweight is (C, 1, k, k), dbias (C,), without gaps.
@@ -197,7 +293,12 @@ void depthwise_conv2d_backward(const DepthwiseCase<Accumulator<T>>& c, int kerne
                                T* dweight, T* dbias, const Launch& launch) {
   using A = Accumulator<T>;
   if (plan.geometry.blocks > 0)
-    with_kernel_size(kernel, [&](auto size) { launch(&depthwise_fma_bwd<T, size>, plan.geometry, c, plan.tile); });
+    with_kernel_size(kernel, [&](auto size) {
+      if constexpr (sizeof(T) == 2)
+        if (plan.kernel == DepthwiseKernel::kMma)
+          return launch(&depthwise_mma_bwd<T, size>, plan.geometry, c, plan.tile);
+      launch(&depthwise_fma_bwd<T, size>, plan.geometry, c, plan.tile);
+    });
   const A* partial = c.partial;
   const int taps = kernel * kernel;
   launch(&depthwise_sums<T>, depthwise_sums_geometry<T>(int64_t(c.channels) * (taps + 1)), partial,

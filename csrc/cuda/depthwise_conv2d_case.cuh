@@ -54,8 +54,7 @@ inline DepthwiseView depthwise_view(const void* data, const int64_t (&sizes)[4],
 
 template <class A>
 struct DepthwiseCase {
-  int64_t batch;
-  int channels, height, width, registers;
+  int batch, channels, height, width, registers;
   DepthwiseView x, out;  // out: y, or dx in backward
   DepthwiseView grad;    // backward only
   const void *weight, *bias;  // of x's dtype: (C, k, k) by strides, (C,) by its stride or absent
@@ -83,10 +82,11 @@ struct DepthwiseTile {
   int images, rows, columns;            // of a tile; rows and columns are whole strips and blocks
   int row_tiles, column_tiles;          // of an image
   int strips, blocks;                   // of a tile: strips of rows, blocks of 8 columns
-  int64_t items;                        // tiles of all images
+  int units;                            // tensor cores: strips of images in a product
+  int items;                            // tiles of all images
   int splits, groups;                   // blocks that share the items; groups of channels
-  DepthwiseWindow in, out;              // planes of x (and grad), and what is written back
-  int plane_elements;                   // of all planes of one tensor
+  DepthwiseWindow x, grad, out;         // what is moved to planes, and back
+  int x_elements, grad_elements;        // of all planes of a tensor
   Divider by_images, by_width, by_height, by_strips, by_blocks;
 };
 
@@ -146,13 +146,11 @@ DepthwiseAccess depthwise_access(const DepthwiseView& v, const DepthwiseWindow& 
 
 // The first output of an item's tile.
 struct DepthwiseItem {
-  int64_t image;
-  int row, column;
+  int image, row, column;
 };
-__device__ __forceinline__ DepthwiseItem item_at(const DepthwiseTile& t, int64_t item) {
+__device__ __forceinline__ DepthwiseItem item_at(const DepthwiseTile& t, int item) {
   const int tiles = t.row_tiles * t.column_tiles;
-  const int64_t images = item / tiles;
-  const int rest = static_cast<int>(item - images * tiles), row = rest / t.column_tiles;
+  const int images = item / tiles, rest = item - images * tiles, row = rest / t.column_tiles;
   return {images * t.images, row * t.rows, (rest - row * t.column_tiles) * t.columns};
 }
 

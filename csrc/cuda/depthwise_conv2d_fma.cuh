@@ -84,7 +84,7 @@ struct FmaBlock {
     return {view, window, t, to, c.batch, c.channels, c.height, c.width, first_channel};
   }
   __device__ __forceinline__ DepthwiseMove<T> move_x(const DepthwiseCase<A>& c, const DepthwiseTile& t) const {
-    return {c.x,           t.in, t,      planes, c.batch, c.channels, c.height, c.width, first_channel, norm, c.mean,
+    return {c.x,           t.x, t,       planes, c.batch, c.channels, c.height, c.width, first_channel, norm, c.mean,
             c.rstd,        c.statistics_batch};
   }
 };
@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(fma_threads(false), fma_resident(K, false))
   constexpr int rows = patch_rows(K, false);
   SDP_DYNAMIC_SHARED(shared);
   const FmaBlock<T, K> b(shared, c, t, false);
-  T *in = b.planes, *out = in + t.plane_elements;
-  clear_units(in, t.plane_elements / kPackSize<T>);
+  T *in = b.planes, *out = in + t.x_elements;
+  clear_units(in, t.x_elements / kPackSize<T>);
   __syncthreads();  // margins are zero, parameters there
   const int patches = t.images * t.strips * t.blocks, step = blockDim.x >> t.log_channels;
-  for (int64_t item = b.split; item < t.items; item += t.splits) {
+  for (int item = b.split; item < t.items; item += t.splits) {
     const DepthwiseItem at = item_at(t, item);
     b.move_x(c, t).template go<true>(at);
     __syncthreads();
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(fma_threads(false), fma_resident(K, false))
       for (int o = 0; o < rows; ++o)
 #pragma unroll
         for (int n = 0; n < kDepthwiseColumns; ++n) sums[o][n] = b.bias[b.channel];
-      convolve_patch<T, K, rows>(sums, in + patch_offset<T>(t.in, b.channel, place), t.in.row_pitch,
+      convolve_patch<T, K, rows>(sums, in + patch_offset<T>(t.x, b.channel, place), t.x.row_pitch,
                            [&](int kh, int kw) { return b.weights[((kh * K + kw) << t.log_channels) + b.channel]; });
       store_patch<T, rows>(out + patch_offset<T>(t.out, b.channel, place), t.out.row_pitch, sums);
     }
@@ -187,23 +187,23 @@ __global__ void __launch_bounds__(fma_threads(true), fma_resident(K, true))
   constexpr int rows = patch_rows(K, true);
   SDP_DYNAMIC_SHARED(shared);
   const FmaBlock<T, K> b(shared, c, t, true);
-  T *x = b.planes, *dy = x + t.plane_elements, *dx = dy + t.plane_elements;
-  clear_units(x, 2 * t.plane_elements / kPackSize<T>);
+  T *x = b.planes, *dy = x + t.x_elements, *dx = dy + t.grad_elements;
+  clear_units(x, (t.x_elements + t.grad_elements) / kPackSize<T>);
   __syncthreads();  // margins are zero, parameters there
   const int patches = t.images * t.strips * t.blocks, step = blockDim.x >> t.log_channels;
   A dw[K * K] = {}, db = 0;
-  for (int64_t item = b.split; item < t.items; item += t.splits) {
+  for (int item = b.split; item < t.items; item += t.splits) {
     const DepthwiseItem at = item_at(t, item);
     b.move_x(c, t).template go<true>(at);
-    b.move(c, c.grad, t.in, t, dy).template go<true>(at);
+    b.move(c, c.grad, t.grad, t, dy).template go<true>(at);
     __syncthreads();
 #pragma unroll 1
     for (int patch = threadIdx.x >> t.log_channels; patch < patches; patch += step) {
       const PatchPlace place = patch_at(t, patch, rows);
-      const int from = patch_offset<T>(t.in, b.channel, place);
-      correlate_patch<T, K, rows>(dw, db, x + from, dy + from, t.in.row_pitch);
+      const int from = patch_offset<T>(t.x, b.channel, place);  // dy lies alike
+      correlate_patch<T, K, rows>(dw, db, x + from, dy + from, t.x.row_pitch);
       A sums[rows][kDepthwiseColumns] = {};
-      convolve_patch<T, K, rows>(sums, dy + from, t.in.row_pitch,
+      convolve_patch<T, K, rows>(sums, dy + from, t.grad.row_pitch,
                            [&](int kh, int kw) { return b.weights[((kh * K + kw) << t.log_channels) + b.channel]; });
       store_patch<T, rows>(dx + patch_offset<T>(t.out, b.channel, place), t.out.row_pitch, sums);
     }

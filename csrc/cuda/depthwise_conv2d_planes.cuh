@@ -7,6 +7,81 @@
 
 namespace sdp {
 
+// Elements move as words: compilers keep 16 bytes of halves together only if nobody names the halves.
+using Words = Pack<uint32_t, 4>;
+
+__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  return __byte_perm(a, b, 0x5410);
+#else
+  return (a & 0xffffu) | b << 16;
+#endif
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  return __byte_perm(a, b, 0x7632);
+#else
+  return a >> 16 | (b & 0xffff0000u);
+#endif
+}
+template <int N = 4>
+__device__ __forceinline__ Pack<uint32_t, N> load_words(const void* p) {
+  return load_pack<uint32_t, N>(static_cast<const uint32_t*>(p));
+}
+template <int N>
+__device__ __forceinline__ void store_words(void* p, const Pack<uint32_t, N>& words) {
+  store_pack(static_cast<uint32_t*>(p), words);
+}
+
+// A square, kPixelGroup<T> pixels of kPackSize<T> channels, by its pixels; and one channel's pixels of it.
+template <class T>
+using Line = Pack<uint32_t, kPixelGroup<T> * int(sizeof(T)) / 4>;
+
+template <class T>
+__device__ __forceinline__ Line<T> line_of(const Words (&square)[kPixelGroup<T>], int channel) {
+  Line<T> line;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t a = square[2 * i].items[channel / 2], b = square[2 * i + 1].items[channel / 2];
+      line.items[i] = channel % 2 ? high_halves(a, b) : low_halves(a, b);
+    }
+  } else {
+    constexpr int words = sizeof(T) / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) line.items[i] = square[i / words].items[channel * words + i % words];
+  }
+  return line;
+}
+// The other way: all of a square's lines to its pixels.
+template <class T>
+__device__ __forceinline__ Words pixel_of(const Line<T> (&lines)[kPackSize<T>], int pixel) {
+  Words out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t a = lines[2 * i].items[pixel / 2], b = lines[2 * i + 1].items[pixel / 2];
+      out.items[i] = pixel % 2 ? high_halves(a, b) : low_halves(a, b);
+    } else {
+      constexpr int words = sizeof(T) / 4;
+      out.items[i] = lines[i / words].items[pixel * words + i % words];
+    }
+  }
+  return out;
+}
+
+// threadIdx.x, which the compiler believes to be new each time: what follows from it is not kept in registers from tile to
+// tile, beside the sums of the weights' gradient.
+__device__ __forceinline__ int thread_index() {
+#ifdef __CUDACC__
+  int index;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+  return index;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // One tensor's way to or from its planes. A, a template parameter of the functions, is T's accumulator.
 template <class T>
 struct DepthwiseMove {
@@ -15,21 +90,28 @@ struct DepthwiseMove {
   const DepthwiseWindow& window;
   const DepthwiseTile& tile;
   T* planes;
-  int64_t batch;                 // images that there are
-  int channels, height, width;   // the picture's
+  int batch, channels, height, width;  // the tensor's
   int first_channel;
   const A* norm = nullptr;       // (2, tile.channels) weights and biases, in shared memory
   const A *mean = nullptr, *rstd = nullptr;  // null: no norm
   int64_t statistics_batch = 0;
 
-  __device__ __forceinline__ T normalised(T value, int64_t pixel, int channel) const {
-    const A wide = (widen(value) - mean[pixel]) * rstd[pixel];
+  __device__ __forceinline__ T normalised(T value, A mean, A rstd, int channel) const {
+    const A wide = (widen(value) - mean) * rstd;
     return narrow<T>(wide * norm[channel] + norm[tile.channels + channel]);
   }
-  __device__ __forceinline__ bool exists(int64_t image, int channel, int row) const {
+  // The same for a pack of channels from `channel` on.
+  __device__ __forceinline__ void normalise(Words& words, A mean, A rstd, int channel) const {
+    Pack<T> pack;
+    memcpy(&pack, &words, 16);
+#pragma unroll
+    for (int j = 0; j < kPackSize<T>; ++j) pack.items[j] = normalised(pack.items[j], mean, rstd, channel + j);
+    memcpy(&words, &pack, 16);
+  }
+  __device__ __forceinline__ bool exists(int image, int channel, int row) const {
     return image < batch && first_channel + channel < channels && unsigned(row) < unsigned(height);
   }
-  __device__ __forceinline__ int64_t offset(int64_t image, int channel, int row, int column) const {
+  __device__ __forceinline__ int64_t offset(int image, int channel, int row, int column) const {
     return image * view.batch + (first_channel + channel) * view.channel + row * view.row + column * view.column;
   }
   __device__ __forceinline__ T* plane_at(int image, int channel, int row, int column) const {
@@ -42,22 +124,24 @@ struct DepthwiseMove {
   __device__ __forceinline__ void elements(const DepthwiseItem& item) const {
     const bool along_channels = view.access == DepthwiseAccess::kChannels;
     const int count = tile.images * window.rows * window.columns << tile.log_channels;
-    for (int slot = threadIdx.x; slot < count; slot += blockDim.x) {
+    for (int slot = thread_index(); slot < count; slot += blockDim.x) {
       int channel = slot & (tile.channels - 1), rest = along_channels ? slot >> tile.log_channels : slot;
       const int row_index = quotient(rest, window.by_columns), column = rest - row_index * window.columns;
       rest = quotient(row_index, window.by_rows);
       const int row = row_index - rest * window.rows;
       int image = rest;
       if (!along_channels) channel = quotient(rest, tile.by_images), image = rest - channel * tile.images;
-      const int64_t n = item.image + image;
+      const int n = item.image + image;
       const int h = item.row + window.row + row, w = item.column + window.column + column;
       const bool there = exists(n, channel, h) && unsigned(w) < unsigned(width);
       T* in_plane = plane_at(image, channel, row, column);
       T* in_memory = static_cast<T*>(view.data) + (there ? offset(n, channel, h, w) : 0);
       if (In) {
         T value = there ? *in_memory : narrow<T>(A(0));
-        if (there && mean != nullptr)
-          value = normalised(value, n * statistics_batch + int64_t(h) * width + w, channel);
+        if (there && mean != nullptr) {
+          const int64_t pixel = n * statistics_batch + int64_t(h) * width + w;
+          value = normalised(value, mean[pixel], rstd[pixel], channel);
+        }
         *in_plane = value;
       } else if (there) {
         *in_memory = *in_plane;
@@ -72,51 +156,37 @@ struct DepthwiseMove {
     const int groups = window.columns / pixels;
     const int log_packs = tile.log_channels - (size == 8 ? 3 : size == 4 ? 2 : 1);
     const int count = tile.images * window.rows * groups << log_packs;
-#pragma unroll 2
-    for (int slot = threadIdx.x; slot < count; slot += blockDim.x) {
+    for (int slot = thread_index(); slot < count; slot += blockDim.x) {
       const int channel = (slot & ((1 << log_packs) - 1)) * size, rest = slot >> log_packs;
       const int row_index = quotient(rest, window.by_groups), column = (rest - row_index * groups) * pixels;
       const int image = quotient(row_index, window.by_rows), row = row_index - image * window.rows;
-      const int64_t n = item.image + image;
+      const int n = item.image + image;
       const int h = item.row + window.row + row, w = item.column + window.column + column;
       const bool there = exists(n, channel, h);
       T* in_plane = plane_at(image, channel, row, column);
       T* in_memory = static_cast<T*>(view.data) + (there ? offset(n, channel, h, w) : 0);
-      Pack<T> square[pixels];
       if (In) {
+        Words square[pixels];
 #pragma unroll
         for (int p = 0; p < pixels; ++p) {
-#pragma unroll
-          for (int j = 0; j < size; ++j) square[p].items[j] = narrow<T>(A(0));
-          if (there && unsigned(w + p) < unsigned(width)) square[p] = load_pack(in_memory + p * view.column);
+          square[p] = {};
+          if (there && unsigned(w + p) < unsigned(width)) square[p] = load_words(in_memory + p * view.column);
         }
         if (there && mean != nullptr) {
+          const int64_t pixel = n * statistics_batch + int64_t(h) * width + w;
 #pragma unroll
           for (int p = 0; p < pixels; ++p)
-            if (unsigned(w + p) < unsigned(width)) {
-              const int64_t pixel = n * statistics_batch + int64_t(h) * width + w + p;
-#pragma unroll
-              for (int j = 0; j < size; ++j)
-                square[p].items[j] = normalised(square[p].items[j], pixel, channel + j);
-            }
+            if (unsigned(w + p) < unsigned(width)) normalise(square[p], mean[pixel + p], rstd[pixel + p], channel);
         }
 #pragma unroll
-        for (int j = 0; j < size; ++j) {
-          Pack<T, pixels> line;
-#pragma unroll
-          for (int p = 0; p < pixels; ++p) line.items[p] = square[p].items[j];
-          store_pack(in_plane + j * window.plane_pitch, line);
-        }
+        for (int j = 0; j < size; ++j) store_words(in_plane + j * window.plane_pitch, line_of<T>(square, j));
       } else if (there) {
+        Line<T> lines[size];
 #pragma unroll
-        for (int j = 0; j < size; ++j) {
-          const Pack<T, pixels> line = load_pack<T, pixels>(in_plane + j * window.plane_pitch);
-#pragma unroll
-          for (int p = 0; p < pixels; ++p) square[p].items[j] = line.items[p];
-        }
+        for (int j = 0; j < size; ++j) lines[j] = load_words<Line<T>::size>(in_plane + j * window.plane_pitch);
 #pragma unroll
         for (int p = 0; p < pixels; ++p)
-          if (unsigned(w + p) < unsigned(width)) store_pack(in_memory + p * view.column, square[p]);
+          if (unsigned(w + p) < unsigned(width)) store_words(in_memory + p * view.column, pixel_of<T>(lines, p));
       }
     }
   }
@@ -130,7 +200,7 @@ struct DepthwiseMove {
     const Divider& by_packs = planes_follow ? window.by_plane_packs : window.by_row_packs;
     const int packs = by_packs.divisor, top = item.row + window.row;
     const int count = packs * tile.images << (planes_follow ? 0 : tile.log_channels);
-    for (int slot = threadIdx.x; slot < count; slot += blockDim.x) {
+    for (int slot = thread_index(); slot < count; slot += blockDim.x) {
       const int line = quotient(slot, by_packs);
       const int image = planes_follow ? line : line >> tile.log_channels;
       int channel = planes_follow ? 0 : line & (tile.channels - 1);
@@ -140,33 +210,34 @@ struct DepthwiseMove {
         channel = quotient(row, tile.by_height);
         row -= channel * height;
       }
-      const int64_t n = item.image + image;
+      const int n = item.image + image;
       const bool there = exists(n, channel, top + row);
       T* in_memory = static_cast<T*>(view.data) + (there ? offset(n, channel, top + row, column) : 0);
-      Pack<T> pack;
-      if (In) {
-#pragma unroll
-        for (int j = 0; j < size; ++j) pack.items[j] = narrow<T>(A(0));
-        if (there) pack = load_pack(in_memory);
+      Words words{};
+      if (In && there) {
+        words = load_words(in_memory);
+        if (mean != nullptr) normalise_run(words, n, top + row, column, channel);
       }
 #pragma unroll
       for (int j = 0; j < size; j += Run) {
         T* in_plane = plane_at(image, channel, row, column);
-        const bool in_window = unsigned(row) < unsigned(window.rows);
-        if (In && in_window) {
-          Pack<T, Run> run;
+        if (unsigned(row) < unsigned(window.rows) && (In || there)) {
+          if constexpr (Run * sizeof(T) == 2) {
+            uint16_t* half = reinterpret_cast<uint16_t*>(in_plane);
+            if (In) *half = static_cast<uint16_t>(words.items[j / 2] >> j % 2 * 16);
+            else words.items[j / 2] |= uint32_t(*half) << j % 2 * 16;
+          } else {
+            constexpr int count = Run * sizeof(T) / 4;
+            Pack<uint32_t, count> run;
+            if (!In) run = load_words<count>(in_plane);
 #pragma unroll
-          for (int k = 0; k < Run; ++k) {
-            T value = pack.items[j + k];
-            if (there && mean != nullptr)
-              value = normalised(value, n * statistics_batch + int64_t(top + row) * width + column + k, channel);
-            run.items[k] = value;
+            for (int k = 0; k < count; ++k) {
+              uint32_t& word = words.items[j * int(sizeof(T)) / 4 + k];
+              if (In) run.items[k] = word;
+              else word = run.items[k];
+            }
+            if (In) store_words(in_plane, run);
           }
-          store_pack(in_plane, run);
-        } else if (there && in_window) {
-          const Pack<T, Run> run = load_pack<T, Run>(in_plane);
-#pragma unroll
-          for (int k = 0; k < Run; ++k) pack.items[j + k] = run.items[k];
         }
         if (Run < size) {
           column += Run;
@@ -176,8 +247,21 @@ struct DepthwiseMove {
           }
         }
       }
-      if (!In && there) store_pack(in_memory, pack);
+      if (!In && there) store_words(in_memory, words);
     }
+  }
+  // Pixels that follow one another from (row, column) on; channels may, too.
+  __device__ __forceinline__ void normalise_run(Words& words, int image, int row, int column, int channel) const {
+    Pack<T> pack;
+    memcpy(&pack, &words, 16);
+    const A *means = mean + image * statistics_batch, *rstds = rstd + image * statistics_batch;
+    int pixel = row * width + column;
+#pragma unroll
+    for (int j = 0; j < kPackSize<T>; ++j) {
+      pack.items[j] = normalised(pack.items[j], means[pixel], rstds[pixel], channel);
+      if (++pixel == height * width) pixel = 0, ++channel;
+    }
+    memcpy(&words, &pack, 16);
   }
 
   template <bool In>
@@ -221,7 +305,7 @@ __device__ __forceinline__ void clear_registers(const DepthwiseCase<Accumulator<
                                                 int first_channel, int split) {
   if (c.registers == 0) return;
   const int count = c.registers << t.log_channels;
-  for (int64_t n = split; n < c.batch; n += t.splits)
+  for (int n = split; n < c.batch; n += t.splits)
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       const int channel = first_channel + (i & (t.channels - 1)), row = i >> t.log_channels;
       if (channel < c.channels)

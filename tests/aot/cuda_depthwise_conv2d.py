@@ -7,8 +7,10 @@ import re
 
 from resources_cuda import case_name, dry, views
 
-WIDE = re.compile(r"depthwise_fma_")
-WIDE_COUNT = 3 * 4 * 2
+WIDE = re.compile(r"depthwise_(fma|mma)_")
+WIDE_COUNT = 3 * 4 * 2 + 2 * (3 + 4)
+TENSOR_CORES = re.compile(r"depthwise_mma_")
+TENSOR_CORES_COUNT = 2 * (3 + 4)
 
 GRID = (256, 768, 16, 16)
 STAGES = ((256, 128, 56, 56), (256, 256, 28, 28), (256, 512, 14, 14), (256, 1024, 7, 7))

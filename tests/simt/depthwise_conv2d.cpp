@@ -18,7 +18,7 @@ struct Numbers {
 sdp::DepthwiseCase<A> case_of(const Numbers& n, const int64_t* views, const void* weight, const void* bias,
                               const void* const* norm, bool backward) {
   sdp::DepthwiseCase<A> c{};
-  c.batch = n.sizes[0], c.channels = int(n.sizes[1]), c.height = int(n.sizes[2]), c.width = int(n.sizes[3]);
+  c.batch = int(n.sizes[0]), c.channels = int(n.sizes[1]), c.height = int(n.sizes[2]), c.width = int(n.sizes[3]);
   c.registers = int(n.registers);
   auto view = [&](int i) {
     const int64_t* v = views + 5 * i;

@@ -190,11 +190,11 @@ CASES += [ConvCase(**{**case.__dict__, "fma": True}) for case in CASES if case.k
 
 # More tiles than blocks, so that blocks go round while memory of the tile before may still be in use.
 LONG_CASES = [
-    ConvCase((9, 40, 8, 8), 3, "channels_last", processors=1),
-    ConvCase((9, 33, 7, 8), 5, norm=True, processors=1),
+    ConvCase((33, 72, 8, 8), 3, "channels_last", processors=1),
+    ConvCase((25, 72, 7, 8), 5, norm=True, processors=1),
     ConvCase((9, 40, 8, 8), 5, "channels_last", norm=True, fma=True, processors=1),
-    ConvCase((1, 16, 56, 56), 7, processors=1),
-    ConvCase((3, 16, 40, 30), 7, tokens=True, registers=2, processors=1),
+    ConvCase((3, 24, 56, 40), 7, processors=1),
+    ConvCase((11, 24, 40, 30), 7, tokens=True, registers=2, processors=1),
 ]
 
 BARRIER_CASES = [*CASES[:2], *LONG_CASES]

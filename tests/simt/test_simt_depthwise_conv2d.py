@@ -113,6 +113,38 @@ def test_memory_is_accessed_in_packs(sizes, layout, wanted, dtype):
             assert told.accesses[:2] == [wanted] * 2 and told_bwd.accesses == [wanted] * 3
 
 
+def test_which_kernel_runs():
+    """Tensor cores for 16-bit types where they are there, but for the 3×3 forward pass; all else without."""
+    for dtype in DTYPES:
+        for tensor_cores in (True, False):
+            emulator.schedule(OPERATOR, dtype, dry=True)
+            told = [run(ConvCase((2, 16, 8, 8), k, fma=not tensor_cores), dtype)[1:] for k in KERNEL_SIZES]
+            names = [(forward.kernel, backward.kernel) for forward, backward in told]
+            on_cores = tensor_cores and dtype.itemsize == 2
+            assert names == ([("fma", "mma"), *[("mma", "mma")] * 3] if on_cores else [("fma", "fma")] * 4)
+
+
+@pytest.mark.parametrize("column", [5, 13, 20])
+@pytest.mark.parametrize("k", (5, 7, 9))
+def test_what_is_not_finite_spoils_whole_blocks_on_tensor_cores_only(k, column):
+    """The bands' zeros times infinity: all 8 columns of each block whose 16 inputs contain it, and no others."""
+    x, weight = torch.ones(2, 3, 16, 24, dtype=torch.bfloat16), torch.ones(3, 1, k, k, dtype=torch.bfloat16)
+    x[1, 2, 8, column] = float("inf")
+    rows = torch.arange(16).sub(8).abs() <= k // 2
+    block = torch.arange(24) // 8 * 8
+    spoilt = {
+        True: (block - 4 <= column) & (column < block + 12),
+        False: torch.arange(24).sub(column).abs() <= k // 2,
+    }
+    for tensor_cores, columns in spoilt.items():
+        wanted = torch.zeros(x.shape, dtype=torch.bool)
+        wanted[1, 2] = rows[:, None] & columns
+        y, _ = kernels.depthwise_fwd(x, weight, options=(tensor_cores, 132))
+        assert torch.equal(~y.isfinite(), wanted)
+        dx, *_ = kernels.depthwise_bwd(x, torch.ones_like(x), weight, options=(tensor_cores, 132))
+        assert torch.equal(~dx.isfinite(), wanted)
+
+
 @over(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize(
     "case",

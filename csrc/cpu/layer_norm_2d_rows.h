@@ -1,14 +1,19 @@
 // LayerNorm2d where channels lie next to each other: channels_last pictures and token buffers, lanes over channels.
 //
-// kRows pixels side by side: their sums are independent chains, and weights and partial sums are loaded once for all of
-// them. A row's own order of additions is the same for one row as for kRows, so a pixel's result does not depend on its place.
+// One row at a time, front to back: processors fetch ahead a few streams of neighbouring lines, and one row is one stream
+// per tensor. Several rows side by side would be several each, and memory the bottleneck twice over. A row is read from
+// memory by its first pass and from the first-level cache by the others.
 #pragma once
 #include "cpu/layer_norm_2d_case.h"
 
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
-constexpr int kRows = 4;
+constexpr int kChains = 4;  // sums over channels are added up in so many independent chains
+constexpr int kLine = 64;   // bytes
+
+// For the bodies of loops: a call per vector costs more than its work, and compilers don't inline large lambdas.
+#define SDP_INLINED __attribute__((always_inline))
 
 // Lanes of channels [i, i + count); Unit: the channels are known to lie next to each other.
 template <bool Unit, class T>
@@ -22,13 +27,26 @@ inline void put(T* p, int64_t stride, int64_t i, Vector<T> v, int count) {
   store_part(p + i * stride, v, count, stride);
 }
 
-// Calls body(first channel, lanes in use) along C; the inlined body sees a constant in all calls but the last.
-template <class T, class Body>
-inline __attribute__((always_inline)) void along_channels(int64_t channels, const Body& body) {
+// Calls body(first channel, lanes in use, chain) along C; the inlined body sees constants in the first of the two loops.
+// `ahead(first channel)` comes before every kChains vectors.
+template <class T, class Ahead, class Body>
+inline SDP_INLINED void along_channels(int64_t channels, const Ahead& ahead, const Body& body) {
   constexpr int lanes = kLanes<T>;
   int64_t i = 0;
-  for (; i + lanes <= channels; i += lanes) body(i, lanes);
-  if (i < channels) body(i, int(channels - i));
+  for (; i + kChains * lanes <= channels; i += kChains * lanes) {
+    ahead(i);
+    SDP_UNROLL for (int chain = 0; chain < kChains; ++chain) body(i + chain * lanes, lanes, chain);
+  }
+  for (; i < channels; i += lanes) body(i, i + lanes <= channels ? lanes : int(channels - i), 0);
+}
+template <class T, class Body>
+inline SDP_INLINED void along_channels(int64_t channels, const Body& body) {
+  along_channels<T>(channels, [](int64_t) SDP_INLINED {}, body);
+}
+
+template <class V>
+inline auto sum_of_chains(const V (&chains)[kChains]) {
+  return horizontal_sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
 }
 
 // Lanes beyond `count` set to zero.
@@ -38,161 +56,157 @@ inline Vector<T> first_lanes(Vector<T> v, int count) {
   return v;
 }
 
-// One tensor's rows of kRows (or one) neighbouring pixels.
-template <class T, int R>
-struct RowPointers {
-  T* row[R];
-  int64_t channel;
-  RowPointers(const PictureView& view, const LayerNormCase& c, int64_t sample, int64_t pixel) : channel(view.channel) {
-    for (int r = 0; r < R; ++r) row[r] = view.data == nullptr ? nullptr : at<T>(view, c, sample, pixel + r);
-  }
-  // Asks for row r of the next group while this one is being worked on: processors don't see that far ahead themselves.
-  void prefetch_next(int r, int64_t i) const {
-    if constexpr (R > 1) prefetch(row[r] + R * (row[1] - row[0]) + i);
-  }
+// Where a pixel is; one division serves all tensors.
+struct Place {
+  int64_t sample, row, column, index;  // index: into mean and rstd
+  SDP_INLINED Place(const LayerNormCase& c, int64_t sample, int64_t pixel)
+      : sample(sample), row(pixel / c.width), column(pixel % c.width), index(sample * c.pixels + pixel) {}
 };
 
-template <class T, int R, bool Unit>
-inline void forward_group(const LayerNormCase& c, int64_t sample, int64_t pixel) {
+// A pixel's channels in one tensor, which may be absent.
+template <class T>
+struct Row {
+  T* data = nullptr;
+  int64_t channel, ahead;
+  SDP_INLINED Row(const PictureView& view, const LayerNormCase& c, const Place& place)
+      : channel(view.channel), ahead(view.channel == 1 && view.column == c.channels ? kBytesAhead / int(sizeof(T)) : 0) {
+    if (view.data == nullptr) return;
+    data = reinterpret_cast<T*>(view.data) + place.sample * view.batch + place.row * view.row + place.column * view.column;
+  }
+  // Asks for the lines that lie kBytesAhead beyond the kChains vectors at channel i: the processor's own fetching stops
+  // at every page's end. Nothing where rows don't follow one another.
+  SDP_INLINED void fetch_ahead(int64_t i) const {
+    constexpr int elements = kLine / sizeof(T);
+    for (int j = 0; j < kChains * kLanes<T>; j += elements) prefetch(data + ahead + i + j);
+  }
+  static constexpr int kBytesAhead = 6144;
+};
+
+template <class T, bool Unit>
+inline void forward_row(const LayerNormCase& c, const Place& place) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   const A *weight = static_cast<const A*>(c.weight), *bias = static_cast<const A*>(c.bias);
-  RowPointers<T, R> x(c.x, c, sample, pixel);
-  const RowPointers<T, R> y(c.y, c, sample, pixel);
-  V total[R] = {}, squares[R] = {};
+  Row<T> x(c.x, c, place);
+  const Row<T> y(c.y, c, place);
+  V totals[kChains] = {}, squares[kChains] = {};
   if (c.residual.data != nullptr) {
-    const RowPointers<T, R> residual(c.residual, c, sample, pixel), sum(c.sum, c, sample, pixel);
-    along_channels<T>(c.channels, [&](int64_t i, int count) {
-      for (int r = 0; r < R; ++r) {
-        const V added = get<Unit>(x.row[r], x.channel, i, count) + get<Unit>(residual.row[r], residual.channel, i, count);
-        put<Unit>(sum.row[r], sum.channel, i, added, count);
-        total[r] += rounded<T>(added);  // what backward will see
-      }
+    const Row<T> residual(c.residual, c, place), sum(c.sum, c, place);
+    const auto ahead = [&](int64_t i) SDP_INLINED { x.fetch_ahead(i), residual.fetch_ahead(i); };
+    along_channels<T>(c.channels, ahead, [&](int64_t i, int count, int chain) SDP_INLINED {
+      const V added = get<Unit>(x.data, x.channel, i, count) + get<Unit>(residual.data, residual.channel, i, count);
+      put<Unit>(sum.data, sum.channel, i, added, count);
+      totals[chain] += rounded<T>(added);  // what backward will see
     });
     x = sum;
   } else {
-    along_channels<T>(c.channels, [&](int64_t i, int count) {
-      for (int r = 0; r < R; ++r) total[r] += get<Unit>(x.row[r], x.channel, i, count);
+    const auto ahead = [&](int64_t i) SDP_INLINED { x.fetch_ahead(i); };
+    along_channels<T>(c.channels, ahead, [&](int64_t i, int count, int chain) SDP_INLINED {
+      totals[chain] += get<Unit>(x.data, x.channel, i, count);
     });
   }
-  A mean[R], rstd[R];
-  for (int r = 0; r < R; ++r) mean[r] = horizontal_sum(total[r]) / A(c.channels);
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
-    for (int r = 0; r < R; ++r) {
-      x.prefetch_next(r, i);
-      V centred = get<Unit>(x.row[r], x.channel, i, count) - mean[r];
-      if (count < kLanes<T>) centred = first_lanes<T>(centred, count);
-      squares[r] += centred * centred;
-    }
+  const A mean = sum_of_chains(totals) / A(c.channels);
+  along_channels<T>(c.channels, [&](int64_t i, int count, int chain) SDP_INLINED {
+    V centred = get<Unit>(x.data, x.channel, i, count) - mean;
+    if (count < kLanes<T>) centred = first_lanes<T>(centred, count);
+    squares[chain] += centred * centred;
   });
-  for (int r = 0; r < R; ++r) rstd[r] = A(1) / __builtin_sqrt(horizontal_sum(squares[r]) / A(c.channels) + A(c.eps));
-  for (int r = 0; r < R; ++r)  // row after row: interleaved, stores would hit loads of other rows at the same page offset
-    along_channels<T>(c.channels, [&](int64_t i, int count) {
-      const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
-      const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
-      put<Unit>(y.row[r], y.channel, i, unit * w + b, count);
-    });
-  for (int r = 0; r < R; ++r) {
-    static_cast<A*>(c.mean)[sample * c.pixels + pixel + r] = mean[r];
-    static_cast<A*>(c.rstd)[sample * c.pixels + pixel + r] = rstd[r];
-  }
+  const A rstd = A(1) / __builtin_sqrt(sum_of_chains(squares) / A(c.channels) + A(c.eps));
+  along_channels<T>(c.channels, [&](int64_t i, int count, int) SDP_INLINED {
+    const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
+    const V unit = (get<Unit>(x.data, x.channel, i, count) - mean) * rstd;
+    put<Unit>(y.data, y.channel, i, unit * w + b, count);
+  });
+  static_cast<A*>(c.mean)[place.index] = mean;
+  static_cast<A*>(c.rstd)[place.index] = rstd;
 }
 
 // A register row: sum as usual, y = 0 and no statistics.
 template <class T>
-inline void forward_register(const LayerNormCase& c, int64_t sample, int64_t pixel) {
-  const RowPointers<T, 1> x(c.x, c, sample, pixel), residual(c.residual, c, sample, pixel), sum(c.sum, c, sample, pixel),
-      y(c.y, c, sample, pixel);
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
+inline void forward_register(const LayerNormCase& c, const Place& place) {
+  const Row<T> x(c.x, c, place), residual(c.residual, c, place), sum(c.sum, c, place),
+      y(c.y, c, place);
+  along_channels<T>(c.channels, [&](int64_t i, int count, int) SDP_INLINED {
     if (c.residual.data != nullptr)
-      put<false>(sum.row[0], sum.channel, i,
-                 get<false>(x.row[0], x.channel, i, count) + get<false>(residual.row[0], residual.channel, i, count), count);
-    put<false>(y.row[0], y.channel, i, Vector<T>{}, count);
+      put<false>(sum.data, sum.channel, i,
+                 get<false>(x.data, x.channel, i, count) + get<false>(residual.data, residual.channel, i, count), count);
+    put<false>(y.data, y.channel, i, Vector<T>{}, count);
   });
-  static_cast<Accumulator<T>*>(c.mean)[sample * c.pixels + pixel] = 0;
-  static_cast<Accumulator<T>*>(c.rstd)[sample * c.pixels + pixel] = 0;
+  static_cast<Accumulator<T>*>(c.mean)[place.index] = 0;
+  static_cast<Accumulator<T>*>(c.rstd)[place.index] = 0;
 }
 
 inline bool unit_or_absent(const PictureView& view) { return view.data == nullptr || view.channel == 1; }
 
 template <class T>
 void forward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end) {
-  for (; pixel < end && pixel < c.registers; ++pixel) forward_register<T>(c, sample, pixel);
+  for (; pixel < end && pixel < c.registers; ++pixel) forward_register<T>(c, {c, sample, pixel});
   const bool unit = unit_or_absent(c.x) && unit_or_absent(c.residual) && unit_or_absent(c.sum) && unit_or_absent(c.y);
-  for (; unit && pixel + kRows <= end; pixel += kRows) forward_group<T, kRows, true>(c, sample, pixel);
-  for (; pixel < end; ++pixel)
-    unit ? forward_group<T, 1, true>(c, sample, pixel) : forward_group<T, 1, false>(c, sample, pixel);
+  for (; pixel < end; ++pixel) {
+    const Place place(c, sample, pixel);
+    unit ? forward_row<T, true>(c, place) : forward_row<T, false>(c, place);
+  }
 }
 
-// Adds is a constant so that every instance of this group rounds alike: a branch around the last addition would let the
+// Adds is a constant so that every instance of this row rounds alike: a branch around the last addition would let the
 // compiler fuse it with the multiplication in one instance and not in another.
-template <class T, int R, bool Unit, bool Adds>
-inline void backward_group(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t block) {
+template <class T, bool Unit, bool Adds>
+inline void backward_row(const LayerNormCase& c, const Place& place, int64_t block) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   const A* weight = static_cast<const A*>(c.weight);
   A *dweight = static_cast<A*>(c.dweight) + block * c.channels, *dbias = static_cast<A*>(c.dbias) + block * c.channels;
-  const RowPointers<T, R> x(c.x, c, sample, pixel), grad(c.grad, c, sample, pixel), grad_sum(c.grad_sum, c, sample, pixel),
-      dx(c.dx, c, sample, pixel);
-  A mean[R], rstd[R], scaled_mean[R], product_mean[R];
-  for (int r = 0; r < R; ++r) {
-    mean[r] = static_cast<const A*>(c.mean)[sample * c.pixels + pixel + r];
-    rstd[r] = static_cast<const A*>(c.rstd)[sample * c.pixels + pixel + r];
-  }
-  V scaled_total[R] = {}, product_total[R] = {};
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
-    const V w = get<true>(weight, 1, i, count);
-    V dw = get<true>(dweight, 1, i, count), db = get<true>(dbias, 1, i, count);
-    for (int r = 0; r < R; ++r) {
-      const V dy = get<Unit>(grad.row[r], grad.channel, i, count);
-      V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
-      if (count < kLanes<T>) unit = first_lanes<T>(unit, count);
-      const V scaled = dy * w;
-      scaled_total[r] += scaled;
-      product_total[r] += scaled * unit;
-      dw += dy * unit;
-      db += dy;
-    }
-    put<true>(dweight, 1, i, dw, count);
-    put<true>(dbias, 1, i, db, count);
+  const Row<T> x(c.x, c, place), grad(c.grad, c, place), grad_sum(c.grad_sum, c, place),
+      dx(c.dx, c, place);
+  const A mean = static_cast<const A*>(c.mean)[place.index];
+  const A rstd = static_cast<const A*>(c.rstd)[place.index];
+  V scaled_totals[kChains] = {}, product_totals[kChains] = {};
+  const auto ahead = [&](int64_t i) SDP_INLINED { x.fetch_ahead(i), grad.fetch_ahead(i); };
+  along_channels<T>(c.channels, ahead, [&](int64_t i, int count, int chain) SDP_INLINED {
+    const V dy = get<Unit>(grad.data, grad.channel, i, count);
+    V unit = (get<Unit>(x.data, x.channel, i, count) - mean) * rstd;
+    if (count < kLanes<T>) unit = first_lanes<T>(unit, count);
+    const V scaled = dy * get<true>(weight, 1, i, count);
+    scaled_totals[chain] += scaled;
+    product_totals[chain] += scaled * unit;
+    put<true>(dweight, 1, i, get<true>(dweight, 1, i, count) + dy * unit, count);
+    put<true>(dbias, 1, i, get<true>(dbias, 1, i, count) + dy, count);
   });
-  for (int r = 0; r < R; ++r) {
-    scaled_mean[r] = horizontal_sum(scaled_total[r]) / A(c.channels);
-    product_mean[r] = horizontal_sum(product_total[r]) / A(c.channels);
-  }
-  for (int r = 0; r < R; ++r)
-    along_channels<T>(c.channels, [&](int64_t i, int count) {
-      const V w = get<true>(weight, 1, i, count);
-      x.prefetch_next(r, i);
-      grad.prefetch_next(r, i);
-      const V unit = (get<Unit>(x.row[r], x.channel, i, count) - mean[r]) * rstd[r];
-      V out = (get<Unit>(grad.row[r], grad.channel, i, count) * w - scaled_mean[r] - unit * product_mean[r]) * rstd[r];
-      if constexpr (Adds) out += get<Unit>(grad_sum.row[r], grad_sum.channel, i, count);
-      put<Unit>(dx.row[r], dx.channel, i, out, count);
-    });
+  const A scaled_mean = sum_of_chains(scaled_totals) / A(c.channels);
+  const A product_mean = sum_of_chains(product_totals) / A(c.channels);
+  const auto ahead_of_sum = [&](int64_t i) SDP_INLINED {
+    if constexpr (Adds) grad_sum.fetch_ahead(i);
+  };
+  along_channels<T>(c.channels, ahead_of_sum, [&](int64_t i, int count, int) SDP_INLINED {
+    const V unit = (get<Unit>(x.data, x.channel, i, count) - mean) * rstd;
+    const V scaled = get<Unit>(grad.data, grad.channel, i, count) * get<true>(weight, 1, i, count);
+    V out = (scaled - scaled_mean - unit * product_mean) * rstd;
+    if constexpr (Adds) out += get<Unit>(grad_sum.data, grad_sum.channel, i, count);
+    put<Unit>(dx.data, dx.channel, i, out, count);
+  });
 }
 
 template <class T>
-inline void backward_register(const LayerNormCase& c, int64_t sample, int64_t pixel) {
-  const RowPointers<T, 1> grad_sum(c.grad_sum, c, sample, pixel), dx(c.dx, c, sample, pixel);
-  along_channels<T>(c.channels, [&](int64_t i, int count) {
+inline void backward_register(const LayerNormCase& c, const Place& place) {
+  const Row<T> grad_sum(c.grad_sum, c, place), dx(c.dx, c, place);
+  along_channels<T>(c.channels, [&](int64_t i, int count, int) SDP_INLINED {
     const bool adds = c.grad_sum.data != nullptr;
-    put<false>(dx.row[0], dx.channel, i, adds ? get<false>(grad_sum.row[0], grad_sum.channel, i, count) : Vector<T>{},
-               count);
+    put<false>(dx.data, dx.channel, i, adds ? get<false>(grad_sum.data, grad_sum.channel, i, count) : Vector<T>{}, count);
   });
 }
 
 template <class T, bool Adds>
 void backward_pixels(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end, int64_t block) {
   const bool unit = unit_or_absent(c.x) && unit_or_absent(c.grad) && unit_or_absent(c.grad_sum) && unit_or_absent(c.dx);
-  for (; unit && pixel + kRows <= end; pixel += kRows) backward_group<T, kRows, true, Adds>(c, sample, pixel, block);
-  for (; pixel < end; ++pixel)
-    unit ? backward_group<T, 1, true, Adds>(c, sample, pixel, block) : backward_group<T, 1, false, Adds>(c, sample, pixel, block);
+  for (; pixel < end; ++pixel) {
+    const Place place(c, sample, pixel);
+    unit ? backward_row<T, true, Adds>(c, place, block) : backward_row<T, false, Adds>(c, place, block);
+  }
 }
 
 template <class T>
 void backward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end, int64_t block) {
-  for (; pixel < end && pixel < c.registers; ++pixel) backward_register<T>(c, sample, pixel);
+  for (; pixel < end && pixel < c.registers; ++pixel) backward_register<T>(c, {c, sample, pixel});
   c.grad_sum.data != nullptr ? backward_pixels<T, true>(c, sample, pixel, end, block)
                              : backward_pixels<T, false>(c, sample, pixel, end, block);
 }

@@ -29,6 +29,13 @@ def problems(operator: str) -> list[Problem]:
             for c in (24, 33)
             for epilogue in EPILOGUES
         ]
+    if operator == "register_attention":
+        return [
+            Problem(operator, (2, 35, 2 * d), dtype, registers=3, kernel=d, epilogue=limits)
+            for dtype in ("float32", "bfloat16")
+            for d in (24, 64, 96)
+            for limits in ("all", "separate", "all masks")
+        ]
     found = [
         Problem(operator, (2, c, 5, 7), dtype, layout, **kernel)
         for dtype in ("float32", "bfloat16")

@@ -92,7 +92,25 @@ def _linear(dtype: str) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
+def _attention(dtype: str) -> list[Problem]:
+    def p(*shape: int, d: int = 64, **more) -> Problem:
+        return Problem("register_attention", shape, dtype, kernel=d, **more)
+
+    found = [p(2, 21, 2 * d, d=d) for d in (8, 24, 32, 40, 64, 72, 80, 96, 128)]
+    found += [p(2, t, 128, registers=min(t, 5)) for t in (1, 16, 63, 64, 65, 128, 129, 196, 261, 272, 513, 1025)]
+    limits = ("image_to_image", "registers_to_registers", "separate")
+    blocks = [(d, t, r) for d in (64, 96) for t, r in ((70, 5), (140, 70))]
+    found += [p(2, t, 2 * d, d=d, registers=r, epilogue=e) for d, t, r in blocks for e in limits]
+    found += [p(2, t, 2 * d, d=d, epilogue="all masks") for d in (64, 96) for t in (63, 64)]
+    found += [p(2, 21, 96, d=48, grad=g) for g in GRADS] + [p(2, 21, 96, d=48, layout=n) for n in ("gaps", "slice")]
+    found += [p(16, 261, 768, registers=5), p(16, 261, 768, d=96, registers=5), p(0, 9, 64)]
+    if dtype != "float32":
+        found += [p(2, 70, 192, d=96, registers=5, wide_parameters=True)]
+    return list(dict.fromkeys(found))
+
+
 _GRIDS = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "depthwise_conv2d": _convolution, "linear": _linear}
+_GRIDS |= {"register_attention": _attention}
 
 
 def problems(operator: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Problem]:
@@ -121,6 +139,10 @@ def tiny(operator: str) -> list[Problem]:
             Problem("linear", (2, 3, 5), "float32", grad="swapped", epilogue="gelu"),
         ],
     }
+    shapes["register_attention"] = [
+        Problem("register_attention", (2, 6, 16), "bfloat16", registers=2, kernel=8, epilogue="separate masks"),
+        Problem("register_attention", (2, 5, 16), "float32", grad="swapped", kernel=16),
+    ]
     return shapes[operator]
 
 
@@ -130,6 +152,9 @@ def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
     if operator == "linear":
         shape, dtype = ((3, 6, 8), "float32") if rehearsal else ((8, 261, 384), "bfloat16")
         return [Problem(operator, shape, dtype, registers=2, epilogue=e) for e in EPILOGUES[:2]]
+    if operator == "register_attention":
+        shape, dtype = ((3, 6, 16), "float32") if rehearsal else ((8, 261, 768), "bfloat16")
+        return [Problem(operator, shape, dtype, registers=2, kernel=d) for d in ((8,) if rehearsal else (64, 96))]
     if rehearsal:
         return [Problem(operator, (3, 8, 4, 4), "float32", **kernel)]
     found = [Problem(operator, (5, 96, 7, 7), "float32", **kernel)]

@@ -29,7 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Problem:
     """One operator on one tensor. ``layout`` and ``grad`` name memory layouts (see LAYOUTS, GRADIENTS); ``epilogue`` is
-    what linear does behind its GEMM: an activation's name, "scale", "residual", "masks", separated by blanks."""
+    what linear does behind its GEMM: an activation's name, "scale", "residual", "masks", separated by blanks; of
+    attention, which tokens may be read. ``kernel``: a convolution's, or the columns of a head."""
 
     operator: str
     shape: tuple[int, ...]
@@ -267,7 +268,43 @@ def _linear_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
 
 
 LINEAR = Subject(_linear_inputs, _linear_ours, _linear_plain, _linear_slack, parameters=3, vendor_gemm=True)
+
+
+def _attention_inputs(problem: Problem, device: str) -> list[Tensor]:
+    """qkv and both norms' parameters; the problem's shape is y's, (B, T, h · d), and d its ``kernel``."""
+    batch, tokens, columns = problem.shape
+    d = problem.kernel
+    qkv = LAYOUTS[problem.layout](normal(problem, (batch, tokens, 3, columns // d, d), 1, device))
+    norms = [i % 2 + 0.2 * normal(problem, (d,), 2 + i, device).float() for i in (1, 2, 3, 4)]
+    return [qkv, *(p.to(torch.float32 if problem.wide_parameters else problem.torch_dtype) for p in norms)]
+
+
+def _attention_options(problem: Problem, device: str) -> dict:
+    words = problem.epilogue.split()
+    options = {"registers": problem.registers, "attend": next((w for w in words if w != "masks"), "all")}
+    masks = {"dropout": 0.3, "rng": sdp_kernels.make_rng(3, 1, device=device), "layer": 5}
+    return options | (masks if "masks" in words else {})
+
+
+def _attention_ours(problem: Problem, backend: str, qkv, *norms) -> tuple[Tensor, ...]:
+    options = _attention_options(problem, str(qkv.device))
+    return (sdp_kernels.register_attention(qkv, norms[:2], norms[2:], backend=backend, **options),)
+
+
+def _attention_plain(problem: Problem, qkv, *norms) -> tuple[Tensor, ...]:
+    options = _attention_options(problem, str(qkv.device))
+    return (reference.register_attention.register_attention(qkv, norms[:2], norms[2:], **options),)
+
+
+def _attention_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
+    """The bias of k's norm has a gradient of 0, which leaves rounding errors only."""
+    over_rows = GRADIENT * inputs[0][:, :, 0, :, 0].numel() ** 0.5 * torch.finfo(problem.torch_dtype).eps
+    return [0.0, 0.0, *[over_rows] * 4]
+
+
+ATTENTION = Subject(_attention_inputs, _attention_ours, _attention_plain, _attention_slack, parameters=4)
 SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION, "linear": LINEAR}
+SUBJECTS |= {"register_attention": ATTENTION}
 
 
 def alike(problem: Problem, name: str, got: Tensor, wanted: Tensor) -> None:

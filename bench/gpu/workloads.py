@@ -177,11 +177,40 @@ def _depthwise_conv2d(key: list[str], dtype: torch.dtype, device: str, elements:
     )
 
 
+def _attention(key: list[str], dtype: torch.dtype, device: str, elements: int) -> Workload:
+    from sdp_kernels.triton import register_attention
+
+    d = {"d64": 64, "d96": 96, "d128": 128}.get(key[2], 64)
+    tokens, heads = (261, 768 // d) if elements > 2**20 else (20, 1)
+    batch = max(2, elements // (3 * tokens * heads * d))
+    limits = (1e-5, d**-0.5, 5, "all", 0.0, None, 0)
+
+    def make(seed: int) -> list[Tensor]:
+        qkv = _normal((batch, tokens, 3, heads, d), dtype, device, seed)
+        return [qkv, _normal((batch, tokens, heads * d), dtype, device, seed + 1), torch.ones(d, device=device)]
+
+    def forward(qkv: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return register_attention.register_attention_fwd(qkv, w, w, w, w, *limits)
+
+    if key[1] == "forward":
+        return Workload(make, lambda qkv, grad, w: list(forward(qkv, w)))
+
+    def backward(qkv: Tensor, grad: Tensor, w: Tensor) -> list[Tensor]:
+        if qkv.data_ptr() not in kept:
+            kept[qkv.data_ptr()] = forward(qkv, w)
+        y, lse = kept[qkv.data_ptr()]
+        return list(register_attention.register_attention_bwd(grad, qkv, y, lse, w, w, w, w, *limits))[:2]
+
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    return Workload(make, backward)
+
+
 def workload(entry: str, device: str, *, tiny: bool) -> Workload:
     """Of the table's entry "operator/kernel/…/16bit". Raises NoWorkloadError."""
     key = entry.split("/")
     dtype = torch.bfloat16 if key[-1] == "16bit" else torch.float32
-    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear, "depthwise_conv2d": _depthwise_conv2d}
+    makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear}
+    makers |= {"depthwise_conv2d": _depthwise_conv2d, "register_attention": _attention}
     if key[0] not in makers:
         raise NoWorkloadError(f"no workload for the operator {key[0]!r}")
     return makers[key[0]](key, dtype, device, 512 if tiny else BYTES // dtype.itemsize)

@@ -127,6 +127,10 @@ def depthwise_conv2d(
         TypeError, ValueError: rank, shapes, dtypes, devices, an even or unsupported kernel, grid, registers;
         UnsupportedError: named backend.
 
+    The CUDA backend multiplies bfloat16 and float16 on tensor cores (not the 3×3 forward pass): there a value that is
+    not finite spoils all 8 columns of each block of outputs whose 16 columns of inputs contain it, not just k of them;
+    rows, channels and images stay apart.
+
     Backward keeps x and weight (and the norm's parts) and recomputes what was normalised. Twice differentiable in eager
     mode. Source: Chollet, "Xception" (2017); the k×k forms as in ConvNeXt and ConvMixer.
     """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from pathlib import Path
 
 import _plain as plain
 import pytest
@@ -179,6 +182,58 @@ def test_activation_and_module_are_the_operator():
     assert torch.equal(sk.activation(x, "kelu"), sk.kelu(x))
     assert torch.equal(sk.KeLU()(x), sk.kelu(x))
     assert torch.equal(sk.KeLU(backend="reference")(x), sk.kelu(x, backend="reference"))
+
+
+ROOT = Path(__file__).resolve().parents[2]
+GAPS = ("sine_gap", "cosine_gap")
+
+
+def tables_in_c() -> dict[tuple[str, str], list[float]]:
+    """(polynomial, scalar) → coefficients, lowest power first, as csrc/common/kelu.h has them."""
+    text = (ROOT / "csrc/common/kelu.h").read_text()
+    found = re.findall(r"V (\w+)\((float|double), V t\) \{.*?c\[\] = \{(.*?)\};", text, re.DOTALL)
+    return {(name, scalar): [float(c.strip().rstrip("f")) for c in row.split(",")] for name, scalar, row in found}
+
+
+def tables_in_triton() -> dict[tuple[str, str], list[float]]:
+    """The same from sdp_kernels/triton/kelu.py, where each function is an ``if`` of two Horner schemes: powers fall."""
+    tables = {}
+    for function in ast.parse((ROOT / "sdp_kernels/triton/kelu.py").read_text()).body:
+        if isinstance(function, ast.FunctionDef) and function.name.lstrip("_") in GAPS:
+            branch = next(node for node in function.body if isinstance(node, ast.If))
+            for scalar, lines in (("double", branch.body), ("float", branch.orelse)):
+                numbers = re.findall(r"(?<![\w.])-?\d\.\d+e?[-+]?\d*", "\n".join(map(ast.unparse, lines)))
+                tables[function.name.lstrip("_"), scalar] = [float(n) for n in reversed(numbers)]
+    return tables
+
+
+def rounded(values: list[float], scalar: str) -> list[float]:
+    return torch.tensor(values, dtype=getattr(torch, {"float": "float32", "double": "float64"}[scalar])).tolist()
+
+
+def test_both_backends_have_the_same_polynomials():
+    """As the numbers that the arithmetic sees, fp32's rounded to fp32."""
+    in_c, in_triton = tables_in_c(), tables_in_triton()
+    assert {key: len(row) for key, row in in_c.items()} == {
+        ("sine_gap", "float"): 6,
+        ("sine_gap", "double"): 11,
+        ("cosine_gap", "float"): 7,
+        ("cosine_gap", "double"): 11,
+    }
+    assert in_triton.keys() == in_c.keys()
+    for key, row in in_c.items():
+        assert rounded(in_triton[key], key[1]) == rounded(row, key[1]), key
+
+
+@pytest.mark.parametrize(("scalar", "bound"), [("float", 3e-9), ("double", 3e-15)])
+@pytest.mark.parametrize("name", GAPS)
+def test_polynomials_are_what_they_say(name, scalar, bound):
+    """(u − sin u)/u³ and (1 − cos u)/u² by their series, digits as written; fp64 is bounded by its own rounding."""
+    t = torch.linspace(0, math.pi**2, 2001, dtype=torch.float64)
+    start = 3 if name == "sine_gap" else 2
+    exact_gap = sum((-1) ** i * t**i / float(math.factorial(2 * i + start)) for i in range(20))
+    got = sum(c * t**i for i, c in enumerate(tables_in_c()[name, scalar]))
+    assert ((got - exact_gap).abs() / exact_gap).max() < bound
 
 
 @pytest.mark.parametrize("name", sk.ACTIVATIONS)

@@ -82,7 +82,7 @@ __device__ __forceinline__ int thread_index() {
 #endif
 }
 
-// One tensor's way to or from its planes. A, a template parameter of the functions, is T's accumulator.
+// One tensor's way to its planes (In) or from them.
 template <class T>
 struct DepthwiseMove {
   using A = Accumulator<T>;

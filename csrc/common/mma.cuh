@@ -1,7 +1,7 @@
 // Tensor cores and their operands: mma.sync m16n8k16, ldmatrix, movmatrix, cp.async, and ex2. No torch.
 //
-// A fragment is what each lane of a warp holds of a small matrix. With g = lane / 4 and t = lane % 4, a register holding
-// two neighbours, the lower index in its lower half (PTX ISA, "Matrix fragments for mma.m16n8k16"):
+// A fragment is what each lane of a warp holds of a small matrix. With g = lane / 4, t = lane % 4, and a register that
+// holds two neighbours, the lower index in its lower half (PTX ISA, "Matrix fragments for mma.m16n8k16"):
 //   A (16×16)  a[0]: row g, columns 2t, 2t+1;  a[1]: row g+8;  a[2]: row g, columns 2t+8, 2t+9;  a[3]: row g+8 of these
 //   B (16×8)   b[0]: rows 2t, 2t+1, column g;  b[1]: rows 2t+8, 2t+9
 //   D (16×8)   d[0], d[1]: row g, columns 2t, 2t+1;  d[2], d[3]: row g+8

@@ -2,8 +2,8 @@
 // `launch(kernel, geometry, arguments...)` is the caller's, so that the emulator runs what a GPU would.
 //
 // Bytes per element of the result, of s bytes each: forward 4s, backward 8s where one block's other role finds what it
-// reads of a head in the second-level cache, 13s where not; and 4 to 12 bytes per token and head. Where K and V of a head
-// (Q and dY) don't fit on chip, they are read once per 128 rows (64 in backward).
+// reads of a head in the second-level cache, 13s where not; and 4 to 12 bytes per token and head. Where K and V of a
+// head (Q and dY) don't fit on chip, they are read once per 256 rows (128 in backward and at d > 96).
 #pragma once
 #include "cuda/register_attention_backward.cuh"
 #include "cuda/register_attention_fma.cuh"
@@ -32,24 +32,23 @@ AttentionPlan attention_plan(const AttentionCase<Accumulator<T>>& c, bool backwa
     plan.geometry = {roles * heads * plan.parts, kFmaWarps * kWarp, attention_fma_shared(c.d, sizeof(Accumulator<T>))};
   } else {
     with_channels(c.d, [&](auto channels) {
-      constexpr int D = channels, warps = kAttentionWarps<D>;
-      auto shared = [&](int64_t rows) {
-        return backward ? attention_backward_shared<D>(rows) : attention_forward_shared<D>(rows);
+      constexpr int D = channels;
+      auto shared = [&](int64_t rows, int warps) {
+        return backward ? attention_backward_shared<D>(rows, warps) : attention_forward_shared<D>(rows, warps);
       };
       const int64_t tiles = ceil_div(c.tokens, 16);
-      const int64_t rounds = ceil_div(tiles, warps * (backward ? 1 : kAttentionRowTiles<D>));
       int64_t rows = tiles * 16;
-      if (shared(rows) <= device.block_shared) {
-        plan.rounds = static_cast<int>(rounds), plan.parts = 1;
-      } else {  // as many as let two blocks share a multiprocessor, or one where that would be few
-        auto most_rows = [&](int64_t bytes) { return (bytes - shared(0)) / (shared(16) - shared(0)) * 16; };
-        rows = most_rows(device.multiprocessor_shared / 2 - kReservedShared);
-        if (rows < 64) rows = most_rows(device.block_shared);
+      int warps = kAttentionFewWarps<D>;
+      if (2 * (shared(rows, warps) + kReservedShared) > device.multiprocessor_shared) warps = kAttentionManyWarps;
+      const int64_t rounds = ceil_div(tiles, warps * (backward ? 1 : kAttentionRowTiles<D>));
+      const bool all_on_chip = shared(rows, warps) <= device.block_shared;
+      if (!all_on_chip) {
+        rows = (device.block_shared - shared(0, warps)) / (shared(16, warps) - shared(0, warps)) * 16;
         if (rows < 16) rows = 16;  // more than the device has: its launch says so
-        plan.rounds = 1, plan.parts = static_cast<int>(rounds);
       }
+      plan.rounds = static_cast<int>(all_on_chip ? rounds : 1), plan.parts = static_cast<int>(all_on_chip ? 1 : rounds);
       plan.chunk = static_cast<int>(rows);
-      plan.geometry = {roles * heads * plan.parts, warps * kWarp, shared(rows)};
+      plan.geometry = {roles * heads * plan.parts, warps * kWarp, shared(rows, warps)};
     });
   }
   return plan;

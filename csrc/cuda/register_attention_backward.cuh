@@ -1,10 +1,10 @@
 // Register attention backward on tensor cores: two roles, blocks of both side by side, so that what both read of a head
 // comes from memory once.
 //
-// Keys: Q, normalised, and dY of a head in shared memory, a warp's 16 keys in registers: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ, from
-//   them dV += Pᵀ dY and dK += dSᵀ Q. Queries: K and V in shared memory, 16 queries in registers: dQ += dS K.
-// Scores are computed in both, seven products instead of five; in exchange no sum crosses warps, any T fits, and nothing
-// but the gradients is written. dS = P ∘ (dP − δ), P = exp(S − lse), δ = Σ dY ∘ Y over a row's channels.
+// Keys: Q, normalised, and dY of a head in shared memory, a warp's 16 keys in registers: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ,
+//   from them dV += Pᵀ dY and dK += dSᵀ Q. Queries: K and V in shared memory, 16 queries in registers: dQ += dS K.
+// Scores are computed in both, seven products instead of five; in exchange no sum crosses warps, any T fits, and
+// nothing but the gradients is written. dS = P ∘ (dP − δ), P = exp(S − lse), δ = Σ dY ∘ Y over a row's channels.
 #pragma once
 #include "cuda/register_attention_forward.cuh"
 
@@ -16,9 +16,8 @@ constexpr bool kShelvesValues = D > 96;
 
 // Two matrices of `rows` tokens, lse and δ of them, the norms' parameters, the warps' sums for these, and their V.
 template <int D>
-constexpr int64_t attention_backward_shared(int64_t rows) {
-  return 2 * rows * D * 2 + 2 * rows * 4 + 4 * D * 4 +
-         kAttentionWarps<D> * (2 * D * 4 + (kShelvesValues<D> ? 16 * D * 2 : 0));
+constexpr int64_t attention_backward_shared(int64_t rows, int warps) {
+  return 2 * rows * D * 2 + 2 * rows * 4 + 4 * D * 4 + warps * (2 * D * 4 + (kShelvesValues<D> ? 16 * D * 2 : 0));
 }
 
 template <int D>
@@ -36,7 +35,7 @@ struct BackwardMemory {
     q_parameters = delta + chunk;
     k_parameters = q_parameters + 2 * D;
     sums = k_parameters + 2 * D;
-    shelf = reinterpret_cast<uint32_t*>(sums + kAttentionWarps<D> * 2 * D) + threadIdx.x / kWarp * 8 * D +
+    shelf = reinterpret_cast<uint32_t*>(sums + blockDim.x / kWarp * 2 * D) + threadIdx.x / kWarp * 8 * D +
             threadIdx.x % kWarp * 4;
   }
   __device__ __forceinline__ float* warp_sums() const { return sums + threadIdx.x / kWarp * 2 * D; }
@@ -59,7 +58,8 @@ __device__ __forceinline__ void row_products(const RowTile<D>& a, const RowTile<
 // warps that have keys at work.
 template <class T, int D, bool Lean>
 __device__ __forceinline__ void share_queries(const AttentionCase<float>& c, const AttentionHead<T, float>& head,
-                                              const BackwardMemory<D>& memory, uint32_t sign_bits, int first, int rows) {
+                                              const BackwardMemory<D>& memory, uint32_t sign_bits, int first,
+                                              int rows) {
   const LanePlace lane;
   const T* const grad = head.in_output(static_cast<const T*>(c.grad), c);
   const T* const out = head.in_output(static_cast<const T*>(c.y), c);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCase<float>& c, const
 template <class T, int D>
 __device__ __forceinline__ void backward_of_keys(const AttentionCase<float>& c, const AttentionPlan& plan, int of_batch,
                                                  int part, const BackwardMemory<D>& memory) {
-  constexpr int warps = kAttentionWarps<D>;
+  const int warps = blockDim.x / kWarp;
   const ScoreScale scale(c.scale);
   const bool all_on_chip = plan.chunk >= c.tokens;
   if (all_on_chip) {
@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_of_keys(const AttentionCase<float>& c, 
 template <class T, int D>
 __device__ __forceinline__ void backward_of_queries(const AttentionCase<float>& c, const AttentionPlan& plan,
                                                     int of_batch, int part, const BackwardMemory<D>& memory) {
-  constexpr int warps = kAttentionWarps<D>;
+  const int warps = blockDim.x / kWarp;
   const ScoreScale scale(c.scale);
   const bool all_on_chip = plan.chunk >= c.tokens;
   if (all_on_chip) {
@@ -324,7 +324,7 @@ __device__ __forceinline__ void backward_of_queries(const AttentionCase<float>& 
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<D>)
+__global__ void __launch_bounds__(kAttentionThreadBound<D>)
     register_attention_mma_bwd(AttentionCase<float> c, AttentionPlan plan) {
   SDP_DYNAMIC_SHARED(shared);
   const BackwardMemory<D> memory(shared, plan.chunk);
@@ -344,8 +344,7 @@ __global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<
   for (int i = threadIdx.x; i < 2 * c.d; i += blockDim.x) {
     const int place = column_sum_place<D>(i / c.d, i % c.d);
     float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kAttentionWarps<D>; ++warp) sum += memory.sums[warp * 2 * D + place];
+    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += memory.sums[warp * 2 * D + place];
     partial[i] = sum;
   }
 }

@@ -47,7 +47,8 @@ struct AttentionCase {
   }
   // Whether the query must not read the key, both inside the sequence.
   SDP_HOST_DEVICE bool forbids(int query, int key) const {
-    return (query < registers) != (key < registers) && !(query < registers ? registers_read_image : image_reads_registers);
+    const bool to_image = query < registers;
+    return to_image != (key < registers) && !(to_image ? registers_read_image : image_reads_registers);
   }
 };
 

@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kFmaWarps* kWarp)
       const bool there = key < c.tokens;
       fma_share(memory.other_first + at * memory.pitch, head.keys + key * stride, there,
                 k_norm, c.d, c.eps);
-      fma_share(memory.other_second + at * memory.pitch, head.values + key * stride, there, AttentionNorm{}, c.d, c.eps);
+      fma_share(memory.other_second + at * memory.pitch, head.values + key * stride, there, AttentionNorm{}, c.d,
+                c.eps);
     }
     __syncthreads();
     A weight[kFmaRows];

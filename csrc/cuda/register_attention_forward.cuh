@@ -11,7 +11,7 @@ constexpr float kAttentionGrowth = 8;
 
 // K and V of `rows` tokens, and the norms' parameters.
 template <int D>
-constexpr int64_t attention_forward_shared(int64_t rows) {
+constexpr int64_t attention_forward_shared(int64_t rows, int /*warps*/) {
   return 2 * rows * D * 2 + 4 * D * 4;
 }
 
@@ -41,16 +41,17 @@ __device__ __forceinline__ void share_keys(const AttentionCase<float>& c, const 
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<D>)
+__global__ void __launch_bounds__(kAttentionThreadBound<D>)
     register_attention_mma_fwd(AttentionCase<float> c, AttentionPlan plan) {
-  constexpr int warps = kAttentionWarps<D>, tiles = kAttentionRowTiles<D>;
+  constexpr int tiles = kAttentionRowTiles<D>;
   SDP_DYNAMIC_SHARED(shared);
   uint16_t* const shared_keys = reinterpret_cast<uint16_t*>(shared);
   uint16_t* const shared_values = shared_keys + plan.chunk * D;
   float* const q_parameters = reinterpret_cast<float*>(shared_values + plan.chunk * D);
   float* const k_parameters = q_parameters + 2 * D;
 
-  const int warp = threadIdx.x / kWarp, part = blockIdx.x % plan.parts, of_batch = blockIdx.x / plan.parts;
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int part = blockIdx.x % plan.parts, of_batch = blockIdx.x / plan.parts;
   const int64_t stride = c.row_stride();
   const ScoreScale scale(c.scale);
 
@@ -59,13 +60,14 @@ __global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<
   __syncthreads();
   const bool all_on_chip = plan.chunk >= c.tokens;
   if (all_on_chip) {
-    share_keys<T, D, false>(c, AttentionHead<T, float>(c, of_batch), k_parameters, 0, plan.chunk, shared_keys, shared_values);
+    share_keys<T, D, false>(c, AttentionHead<T, float>(c, of_batch), k_parameters, 0, plan.chunk, shared_keys,
+                            shared_values);
     __syncthreads();
   }
 
   for (int round = 0; round < plan.rounds; ++round) {
     // The warp with one round more is another one in the next head, so that no quarter of the processor has them all.
-    const int turn = static_cast<int>((warp + of_batch) % warps);
+    const int turn = (warp + of_batch) % warps;
     const int first_query = ((part * plan.rounds + round) * warps + turn) * tiles * 16;
     const bool busy = first_query < c.tokens;
     RowTile<D> q[tiles];
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<
     for (int first = 0; first < c.tokens; first += plan.chunk) {
       if (!all_on_chip) {
         if (first > 0 || round > 0) __syncthreads();
-        share_keys<T, D, true>(c, AttentionHead<T, float>(c, forgotten(of_batch)), k_parameters, first, plan.chunk, shared_keys, shared_values);
+        share_keys<T, D, true>(c, AttentionHead<T, float>(c, forgotten(of_batch)), k_parameters, first, plan.chunk,
+                               shared_keys, shared_values);
         __syncthreads();
       }
       if (!busy) continue;
@@ -118,8 +121,8 @@ __global__ void __launch_bounds__(kAttentionWarps<D>* kWarp, kAttentionResident<
           forbid_keys(s[u], c, LaneRows(first_query + 16 * u, false), first_query + 16 * u, first + at);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            highest[u][e] = fmaxf(fmaxf(s[u][0][2 * e], s[u][0][2 * e + 1]), fmaxf(s[u][1][2 * e], s[u][1][2 * e + 1])) *
-                            scale.in_base_2;
+            const float left = fmaxf(s[u][0][2 * e], s[u][0][2 * e + 1]);
+            highest[u][e] = fmaxf(left, fmaxf(s[u][1][2 * e], s[u][1][2 * e + 1])) * scale.in_base_2;
             grows = grows || highest[u][e] > reference[u][e] + kAttentionGrowth;
           }
         }

@@ -6,14 +6,16 @@ namespace sdp {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Warps of a block; row tiles that a warp of the forward pass takes at a time, sharing what it loads of K and V; blocks
-// that registers leave room for on a multiprocessor.
+// Warps of a block: few, so that two blocks (three at D = 32) share a multiprocessor, or many where only one block's
+// matrices fit. Threads are bounded so that registers do for either.
 template <int D>
-constexpr int kAttentionWarps = D <= 96 ? 4 : 8;
+constexpr int kAttentionFewWarps = D <= 96 ? 4 : 8;
+constexpr int kAttentionManyWarps = 8;
+template <int D>
+constexpr int kAttentionThreadBound = D <= 32 ? 384 : 256;
+// Row tiles that a warp of the forward pass takes at a time, sharing what it loads of K and V.
 template <int D>
 constexpr int kAttentionRowTiles = D <= 96 ? 2 : 1;
-template <int D>
-constexpr int kAttentionResident = D <= 32 ? 3 : D <= 96 ? 2 : 1;
 
 // Scores are sums of products with |scale|; a negative scale is a sign of q.
 struct ScoreScale {
@@ -55,8 +57,8 @@ __device__ __forceinline__ void forbid_queries(float (&scores)[2][4], const Atte
 }
 
 // ---- Dropout. Position (head · T + query) · T + key within the sample; word position % 4 of block position / 4.
-// Queries × keys, tile after tile of keys: a lane draws one block per row and tile, and takes from its neighbour what of
-// its four keys lies in the next one, since T need not divide by 4.
+// Queries × keys, tile after tile of keys: a lane draws one block per row and tile, and takes from its neighbour what
+// of its four keys lies in the next one, since T need not divide by 4.
 template <int Tiles>
 struct RowDraws {
   uint32_t current;  // of the tile to come, four bits per row: row g + 8e of tile u from bit 8u + 4e on
@@ -93,7 +95,7 @@ struct RowDraws {
   }
 };
 
-// Keys × queries: bit 2n + b … of the result says whether [n][b] (key g) is kept, bit 4 + 2n + b the same for key g + 8.
+// Keys × queries: bit 4e + 2n + b of the result says whether [n][2e + b], of key g + 8e, is kept.
 // Lane i draws for query i % 16, the first three of its row's five blocks or the others.
 __device__ __forceinline__ uint32_t draw_columns(const AttentionCase<float>& c, int64_t first_row, uint32_t sample,
                                                  int first_key) {

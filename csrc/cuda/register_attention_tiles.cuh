@@ -53,6 +53,14 @@ __device__ __forceinline__ void load_rows(RowTile<D>& r, const void* from, int64
     }
   }
 }
+// One 16-byte store; written as an assignment, it is taken apart into four of 4 bytes here and there.
+__device__ __forceinline__ void store_words(void* p, uint32_t first, uint32_t second, uint32_t third, uint32_t fourth) {
+#ifdef __CUDACC__
+  __stwb(static_cast<uint4*>(p), make_uint4(first, second, third, fourth));
+#else
+  store_pack(static_cast<uint32_t*>(p), Pack<uint32_t>{{first, second, third, fourth}});
+#endif
+}
 template <class T, int D>
 __device__ __forceinline__ void store_rows(const RowTile<D>& r, void* to, int64_t stride, const LaneRows& rows,
                                            int tokens, int d) {
@@ -63,8 +71,7 @@ __device__ __forceinline__ void store_rows(const RowTile<D>& r, void* to, int64_
 #pragma unroll
     for (int k = 0; k < D / 16; k += 2)
       if (16 * k < columns)
-        store_pack(reinterpret_cast<uint32_t*>(p + 16 * k),
-                   Pack<uint32_t>{{r.x[k][e], r.x[k][2 + e], r.x[k + 1][e], r.x[k + 1][2 + e]}});
+        store_words(p + 16 * k, r.x[k][e], r.x[k][2 + e], r.x[k + 1][e], r.x[k + 1][2 + e]);
   }
 }
 
@@ -92,8 +99,8 @@ __device__ __forceinline__ void xor_rows(RowTile<D>& r, uint32_t bits) {
 }
 
 // A matrix in shared memory: rows of D elements, their 16-byte chunks permuted within groups of 8 (D % 64 = 0) or 4, so
-// that the same chunk of 8 rows lies in 8 different groups of banks. Chunk 2k + odd of a row, in elements: one of 4 or 2
-// numbers that don't depend on the tile, and a constant.
+// that the same chunk of 8 rows lies in 8 different groups of banks. Chunk 2k + odd of a row, in elements: one of 4 or
+// 2 numbers that don't depend on the tile, and a constant.
 template <int D>
 __device__ __forceinline__ int chunk_offset(int row, int k, int odd) {
   constexpr int period = D % 64 == 0 ? 4 : 2;
@@ -110,7 +117,7 @@ __device__ __forceinline__ void share_rows(const RowTile<D>& r, uint16_t* matrix
       *reinterpret_cast<uint32_t*>(matrix + first * D + chunk_offset<D>(lane.group + i % 2 * 8, k, i / 2) +
                                    2 * lane.member) = r.x[k][i];
 }
-// The lane as the following two want it: at D = 128, where registers are scarce, places are computed anew for each tile.
+// The lane as the following two want it: at D = 128, where registers are scarce, places are found anew for each tile.
 template <int D>
 __device__ __forceinline__ int lane_of_tile() {
   return D > 96 ? forgotten(threadIdx.x % kWarp) : threadIdx.x % kWarp;

@@ -7,8 +7,8 @@
 
 namespace {
 
-// sizes: B, T, heads, d, registers, image reads registers, registers read image, layer; norms: four pointers and whether
-// each is wide, q weight, q bias, k weight, k bias.
+// sizes: B, T, heads, d, registers, image reads registers, registers read image, layer; norms: four pointers and
+// whether each is wide, q weight, q bias, k weight, k bias.
 sdp::AttentionCase<A> case_of(const int64_t* sizes, const double* numbers, const int64_t* norms, const void* qkv,
                               void* y, void* lse, const int64_t* rng) {
   auto c = sdp::attention_case<A>(sizes[0], int(sizes[1]), int(sizes[2]), int(sizes[3]), numbers[0], numbers[1],

@@ -1,5 +1,5 @@
-// A call: BACKWARD B T HEADS D REGISTERS READS READS LAYER, whether each of four parameters is THERE, WIDE DROPOUT LIMIT
-// LIMIT MULTIPROCESSORS FMA ORDER.
+// A call: BACKWARD B T HEADS D REGISTERS READS READS LAYER, whether each of four parameters is THERE, WIDE DROPOUT
+// LIMIT LIMIT MULTIPROCESSORS FMA ORDER.
 #include "register_attention.cpp"
 //
 #include "sanitize.h"

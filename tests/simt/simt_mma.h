@@ -90,7 +90,7 @@ void ldmatrix(uint32_t (&r)[N], const void* row, int line = __builtin_LINE()) {
 
 inline uint32_t movmatrix_transposed(uint32_t part, int line = __builtin_LINE()) {
   const uint32_t* all = exchange(line, part);
-  const int group = lane() / 4, pair = 2 * (lane() % 4);  // the element at row `pair`, column `group`, and the next row's
+  const int group = lane() / 4, pair = 2 * (lane() % 4);  // rows `pair` and the next, column `group`
   auto element = [&](int row, int column) { return all[4 * row + column / 2] >> 16 * (column % 2) & 0xffffu; };
   return element(pair, group) | element(pair + 1, group) << 16;
 }

@@ -9,9 +9,8 @@ import simt_register_attention as attention
 import torch
 from torch import Tensor
 
-SMALL_CHIP = (6_000, 12_000, 132)
-"""So little shared memory that heads of d ≤ 32 come in pieces of 32 rows."""
-MEDIUM_CHIP = (60_000, 110_000, 132)
+SMALL_CHIP, LOW_CHIP, MEDIUM_CHIP = (8_200, 12_000, 132), (30_000, 40_000, 132), (60_000, 80_000, 132)
+"""So little shared memory that heads of d ≤ 32, 96 and 128 come in pieces of 32 to 64 rows."""
 RNG = (987654321987654321, 7, 40)
 """Seed, step, first sample."""
 
@@ -117,7 +116,7 @@ CASES = [
     AttentionCase(1, 40, 1, 96, norms="w", dropout=0.5),
     AttentionCase(1, 19, 1, 128, norms="b", dropout=0.2, registers=19, attend="separate"),
     AttentionCase(1, 40, 1, 128, norms="k"),
-    AttentionCase(1, 90, 1, 96, limits=MEDIUM_CHIP, norms="q"),
+    AttentionCase(1, 90, 1, 96, limits=LOW_CHIP, norms="q"),
     AttentionCase(1, 90, 1, 128, limits=MEDIUM_CHIP, dropout=0.25),
     AttentionCase(1, 70, 2, 40, fma=True, dropout=0.3),
     AttentionCase(1, 40, 1, 128, fma=True, registers=3, attend="separate", norms="b", scale=-0.2),

@@ -88,8 +88,14 @@ def timed_call(function: Function, case: Case, inputs: Inputs, index: int) -> Ca
         return lambda: function(x, *parameters)
     if case.which == "backward":
         y = function(x, *parameters)
-        return lambda: torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
-    return lambda: torch.autograd.grad(function(x, *parameters), (x, *parameters), dy, allow_unused=True)
+        return lambda: gradients(y, (x, *parameters), dy)
+    return lambda: gradients(function(x, *parameters), (x, *parameters), dy)
+
+
+def gradients(y: Tensor | tuple[Tensor, ...], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of all inputs; of an operator with several outputs, each is given the gradient dy."""
+    dys = dy if isinstance(y, Tensor) else [dy] * len(y)
+    return torch.autograd.grad(y, inputs, dys, allow_unused=True)
 
 
 def interleave(
@@ -133,9 +139,10 @@ def outputs(function: Function, x: Tensor, parameters: Iterable[Tensor], dy: Ten
     """y, dx and the parameters' gradients by name; without those of parameters that the function doesn't use."""
     parameters = list(parameters)
     y = function(x, *parameters)
-    gradients = torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
+    found = gradients(y, (x, *parameters), dy)
     names = ("dx", *(f"dparameter{i}" for i in range(len(parameters))))
-    return {"y": y.detach(), **{name: g for name, g in zip(names, gradients) if g is not None}}
+    y = y if isinstance(y, Tensor) else torch.stack(y)
+    return {"y": y.detach(), **{name: g for name, g in zip(names, found) if g is not None}}
 
 
 def scales(truth: dict[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,25 +14,45 @@ from .baselines import layer_norm_moments, layer_norm_permuted, layer_norm_token
 from .cases import LAYOUTS, Case, Contender, Function, Operator, UnusableError, compiled, with_passes
 
 EPS = 1e-6
+RESIDUAL = "residual"
+"""Variant: the norm of x + residual; the sum is an output too and has its own gradient, as in a pre-norm block."""
 PICTURES = ("contiguous", "channels_last")
 
 
 def traffic(case: Case) -> int:
-    """x → y; x, dy → dx; and the parameters. Statistics are not counted: a kernel may recompute them."""
+    """x → y; x, dy → dx; and the parameters. Statistics are not counted: a kernel may recompute them.
+
+    With a residual: x, residual → sum, y; sum, dy → dx, the sum's gradient being dy once more.
+    """
     tensors, vectors = {"forward": (2, 2), "backward": (3, 3), "both": (5, 5)}[case.which]
+    tensors += 2 if case.variant == RESIDUAL and case.which != "backward" else 0
     return (tensors * case.elements + vectors * case.channels) * torch.finfo(case.dtype).bits // 8
 
 
 def parameters(case: Case, generator: torch.Generator) -> list[Tensor]:
-    """weight and bias in x's dtype, which every contender takes."""
+    """weight and bias in x's dtype, which every contender takes, and the residual, which does not rotate."""
     made = [1 + 0.2 * torch.randn(case.channels, generator=generator), torch.randn(case.channels, generator=generator)]
-    return [nn.Parameter(p.to(case.device, case.dtype)) for p in made]
+    found = [nn.Parameter(p.to(case.device, case.dtype)) for p in made]
+    return found + ([nn.Parameter(case.random(generator))] if case.variant == RESIDUAL else [])
 
 
-def oracle(x: Tensor, weight: Tensor, bias: Tensor, case: Case) -> Tensor:
-    if case.layout == "tokens":
-        return layer_norm_tokens(x, weight, bias, EPS, case.registers)
-    return layer_norm_permuted(x, weight, bias, EPS)
+def after_add(build: Callable[[Case], Function]) -> Callable[[Case], Function]:
+    """A norm's ``build`` that adds the residual first, as two operations, where the case has one."""
+
+    def with_add(case: Case) -> Function:
+        norm = build(case)
+
+        def add_and_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            return total, norm(total, weight, bias)
+
+        return add_and_norm if case.variant == RESIDUAL else norm
+
+    return with_add
+
+
+def oracle(x: Tensor, *parameters: Tensor, case: Case) -> Tensor | tuple[Tensor, Tensor]:
+    return after_add(plain)(case)(x, *parameters)
 
 
 def plain(case: Case) -> Function:
@@ -45,8 +67,8 @@ def original(case: Case) -> Function:
 
 
 def fused(case: Case, backend: str | None = None) -> Function:
-    return lambda x, weight, bias: sdp_kernels.layer_norm_2d(
-        x, weight, bias, EPS, registers=case.registers, backend=backend
+    return lambda x, weight, bias, residual=None: sdp_kernels.layer_norm_2d(
+        x, weight, bias, EPS, residual=residual, registers=case.registers, backend=backend
     )
 
 
@@ -71,7 +93,9 @@ def library(adapter: str) -> Contender:
             raise UnusableError("has no notion of register rows")
         return function if case.layout == "tokens" else rows_of(function)
 
-    return Contender(adapter, "peer", build, default=True, layouts=PICTURES if adapter == "timm" else LAYOUTS)
+    return Contender(
+        adapter, "peer", after_add(build), default=True, layouts=PICTURES if adapter == "timm" else LAYOUTS
+    )
 
 
 OPERATOR = Operator(
@@ -83,10 +107,10 @@ OPERATOR = Operator(
     contenders=(
         Contender("ours", "ours", fused, default=True),
         Contender("reference", "peer", lambda case: fused(case, "reference"), default=True),
-        Contender("F.layer_norm", "peer", plain, default=True),
-        Contender("F.layer_norm, compiled", "peer", compiled(plain), default=True),
-        Contender("moments (original)", "peer", original, default=True, layouts=PICTURES),
-        Contender("moments (original), compiled", "peer", compiled(original), layouts=PICTURES),
+        Contender("F.layer_norm", "peer", after_add(plain), default=True),
+        Contender("F.layer_norm, compiled", "peer", compiled(after_add(plain)), default=True),
+        Contender("moments (original)", "peer", after_add(original), default=True, layouts=PICTURES),
+        Contender("moments (original), compiled", "peer", compiled(after_add(original)), layouts=PICTURES),
         *(library(name) for name in peers.LAYER_NORMS),
     ),
 )
@@ -112,11 +136,16 @@ MORE = {
         *_problems((8, 768, 7, 7), (8, 49, 768), BOTH, "cpu"),
         Case("layer_norm_2d", (8, 261, 384), torch.float32, "tokens", registers=5),
         Case("layer_norm_2d", (8, 261, 384), torch.bfloat16, "tokens", registers=5),
+        Case("layer_norm_2d", (8, 384, 16, 16), torch.float32, "channels_last", variant=RESIDUAL),
+        Case("layer_norm_2d", (8, 384, 16, 16), torch.bfloat16, "channels_last", variant=RESIDUAL),
+        Case("layer_norm_2d", (8, 261, 384), torch.float32, "tokens", registers=5, variant=RESIDUAL),
+        *_problems((16, 384, 32, 32), (16, 1029, 384), BOTH, "cpu"),  # larger than most last-level caches
         Case("layer_norm_2d", (2, 64, 8, 8), torch.float32),  # so small that the cost of a call shows
     ],
     "cuda": [
         *_problems((256, 384, 7, 7), (256, 49, 384), BOTH, "cuda"),
         Case("layer_norm_2d", (256, 261, 768), torch.bfloat16, "tokens", device="cuda", registers=5),
+        Case("layer_norm_2d", (256, 261, 768), torch.bfloat16, "tokens", device="cuda", registers=5, variant=RESIDUAL),
     ],
 }
 CASES = {

@@ -392,3 +392,10 @@ def test_layer_norm_baselines_agree_with_the_definition() -> None:
     tokens = baselines.layer_norm_tokens(x.flatten(2).mT, weight, bias, 1e-6, registers=2)
     torch.testing.assert_close(tokens[:, 2:], wanted.flatten(2).mT[:, 2:])
     assert tokens[:, :2].eq(0).all()
+
+
+def test_every_output_is_given_the_gradient_and_compared() -> None:
+    x, dy = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    found = measure.outputs(lambda x: (x * x, 3 * x), x, [], dy)
+    torch.testing.assert_close(found["dx"], (2 * x.detach() + 3) * dy)
+    torch.testing.assert_close(found["y"], torch.stack([x * x, 3 * x]).detach())

@@ -140,7 +140,7 @@ def tiny(operator: str) -> list[Problem]:
         ],
     }
     shapes["register_attention"] = [
-        Problem("register_attention", (2, 6, 16), "bfloat16", registers=2, kernel=8, epilogue="separate masks"),
+        Problem("register_attention", (2, 6, 16), "float16", registers=2, kernel=8, epilogue="separate masks"),
         Problem("register_attention", (2, 5, 16), "float32", grad="swapped", kernel=16),
     ]
     return shapes[operator]

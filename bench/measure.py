@@ -7,6 +7,7 @@ cache, so that nobody finds its input there. A copy of the same tensor takes its
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import random
@@ -41,10 +42,25 @@ class Inputs:
         self.parameters = operator.parameters(case, generator)
 
 
+def keep_memory() -> bool:
+    """Tell the C library to keep freed memory instead of handing it back to the system; True where it can (glibc).
+
+    Else one contender's large temporaries make it give pages back, and whoever has the next turn pays for fetching
+    them again, which takes longer than the operators themselves.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
+
+
 class CpuClock:
-    """Wall clock around a synchronous call."""
+    """Wall clock around a synchronous call, in a process that keeps its memory."""
 
     def __init__(self) -> None:
+        keep_memory()
         self._spans: list[float] = []
 
     def run(self, call: Callable[[], object]) -> object:

@@ -399,3 +399,18 @@ def test_every_output_is_given_the_gradient_and_compared() -> None:
     found = measure.outputs(lambda x: (x * x, 3 * x), x, [], dy)
     torch.testing.assert_close(found["dx"], (2 * x.detach() + 3) * dy)
     torch.testing.assert_close(found["y"], torch.stack([x * x, 3 * x]).detach())
+
+
+def test_freed_memory_is_not_fetched_again() -> None:
+    resource = pytest.importorskip("resource")
+    if not measure.keep_memory():
+        pytest.skip("the C library cannot be told")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        del_at_once = torch.ones(64 * 2**20, dtype=torch.uint8)
+        del del_at_once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 64 * 2**20 / 4096 / 10

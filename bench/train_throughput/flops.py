@@ -81,6 +81,14 @@ def _depthwise_backward(grad, x, weight, grid, registers, *_, out_shape=None, **
     return 4 * _pixels(x, grid) * prod(weight)
 
 
+def _gemm(x, weight, *_, out_shape=None, **__):
+    return 2 * prod(x) * weight[0]
+
+
+def _gemm_backward(d, weight, *_, out_shape=None, **__):
+    return 2 * prod(d) * weight[1]
+
+
 def _pixels(x, grid) -> int:
     return x[0] * (prod(grid) if grid else x[2] * x[3])
 
@@ -97,6 +105,8 @@ def _formulas() -> dict:
     ours = {
         "depthwise_conv2d_fwd": _depthwise,
         "depthwise_conv2d_bwd": _depthwise_backward,
+        "linear_gemm_fwd": _gemm,
+        "linear_gemm_bwd": _gemm_backward,
         "register_attention_fwd": _packed,
         "register_attention_bwd": _packed_backward,
     }

@@ -1,5 +1,7 @@
 """``nn.Module`` faces of the operators, for use in one's own model. Each takes ``backend``: None chooses."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +79,34 @@ class DepthwiseConv2d(nn.Module):
         return depthwise_conv2d(x, self.weight, self.bias, grid=grid, registers=registers, backend=self.backend)
 
 
-class ConvMLP(nn.Module):
+class _Block(nn.Module):
+    """A module around an operator on image tokens: parameters by the names of its weights, and the call."""
+
+    operator: Callable[..., Tensor]
+    kind: type[ConvMLPWeights] | type[ConvNeXtWeights]
+
+    def weights(self) -> ConvMLPWeights | ConvNeXtWeights:
+        """The parameters in the operator's order."""
+        return self.kind(*(getattr(self, name) for name in self.kind._fields))
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0, rng: Tensor | None = None
+    ) -> Tensor:
+        return self.operator(
+            x,
+            self.weights(),
+            grid=grid,
+            registers=registers,
+            activation=self.activation,
+            eps=self.eps,
+            drop_path=self.drop_path if self.training else 0.0,
+            rng=rng,
+            layer=self.layer,
+            backend=self.backend,
+        )
+
+
+class ConvMLP(_Block):
     """Both residual branches of SdP-Net's ConvMLP on a token buffer or a picture, see :func:`sdp_kernels.conv_mlp`.
 
     Args:
@@ -86,6 +115,8 @@ class ConvMLP(nn.Module):
         layer_scale: initial value of γ₁ and γ₂, None for none. drop_path: rate in training. eps: of both norms.
         layer: number of this module for its drop-path masks; give each module of a model its own.
     """
+
+    operator, kind = staticmethod(conv_mlp), ConvMLPWeights
 
     def __init__(
         self,
@@ -123,28 +154,8 @@ class ConvMLP(nn.Module):
         self.activation, self.drop_path, self.eps = activation, drop_path, eps
         self.layer, self.backend = layer, backend
 
-    def weights(self) -> ConvMLPWeights:
-        """The parameters in the operator's order."""
-        return ConvMLPWeights(*(getattr(self, name) for name in ConvMLPWeights._fields))
 
-    def forward(
-        self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0, rng: Tensor | None = None
-    ) -> Tensor:
-        return conv_mlp(
-            x,
-            self.weights(),
-            grid=grid,
-            registers=registers,
-            activation=self.activation,
-            eps=self.eps,
-            drop_path=self.drop_path if self.training else 0.0,
-            rng=rng,
-            layer=self.layer,
-            backend=self.backend,
-        )
-
-
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(_Block):
     """A ConvNeXt block on a picture or a token buffer, see :func:`sdp_kernels.convnext_block`.
 
     Args:
@@ -153,6 +164,8 @@ class ConvNeXtBlock(nn.Module):
         drop_path: rate in training. eps: of the norm.
         layer: number of this module for its drop-path mask; give each module of a model its own.
     """
+
+    operator, kind = staticmethod(convnext_block), ConvNeXtWeights
 
     def __init__(
         self,
@@ -180,26 +193,6 @@ class ConvNeXtBlock(nn.Module):
         self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.activation, self.drop_path, self.eps = activation, drop_path, eps
         self.layer, self.backend = layer, backend
-
-    def weights(self) -> ConvNeXtWeights:
-        """The parameters in the operator's order."""
-        return ConvNeXtWeights(*(getattr(self, name) for name in ConvNeXtWeights._fields))
-
-    def forward(
-        self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0, rng: Tensor | None = None
-    ) -> Tensor:
-        return convnext_block(
-            x,
-            self.weights(),
-            grid=grid,
-            registers=registers,
-            activation=self.activation,
-            eps=self.eps,
-            drop_path=self.drop_path if self.training else 0.0,
-            rng=rng,
-            layer=self.layer,
-            backend=self.backend,
-        )
 
 
 class RegisterAttention(nn.Module):

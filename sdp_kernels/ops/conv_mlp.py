@@ -1,30 +1,16 @@
 """The ConvMLP half of an SdP-Net block as one operator."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
 from ..composed import conv_mlp as composed
 from ..reference.conv_mlp import ConvMLPWeights
 from ..reference.philox import drop_path_mask
-from ..reference.precision import autocast_dtype
-from ._checks import (
-    check_eps,
-    check_floating,
-    check_grid,
-    check_layer,
-    check_parameter,
-    check_rank,
-    check_rate,
-    check_registers,
-    check_rng,
-)
+from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
-from .activation import check_activation
 from .depthwise_conv2d import check_kernel
 from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
 
@@ -44,10 +30,7 @@ _OPTIONAL = {"depthwise_bias", "pointwise_bias", "layer_scale1", "expand_bias", 
 
 
 def _check_weights(weights: ConvMLPWeights, channels: int, x: Tensor) -> None:
-    if not isinstance(weights, ConvMLPWeights):
-        raise TypeError(f"weights must be a ConvMLPWeights, got {type(weights).__name__}")
-    check_floating("weights.expand_weight", weights.expand_weight)
-    hidden = weights.expand_weight.shape[0]
+    hidden = check_kind(weights, ConvMLPWeights)
     check_kernel("weights.depthwise_weight", weights.depthwise_weight, channels)
     shapes = {
         "depthwise_weight": tuple(weights.depthwise_weight.shape),
@@ -56,9 +39,7 @@ def _check_weights(weights: ConvMLPWeights, channels: int, x: Tensor) -> None:
         "expand_bias": (hidden,),
         "project_weight": (channels, hidden),
     }
-    for name, value in zip(ConvMLPWeights._fields, weights, strict=True):
-        if value is not None or name not in _OPTIONAL:
-            check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+    check_parts(weights, _OPTIONAL, shapes, channels, x)
 
 
 class _Options(NamedTuple):
@@ -123,10 +104,7 @@ class _ConvMLP(torch.autograd.Function):
         dx, d["norm1_weight"], d["norm1_bias"] = launch(
             o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, o.registers
         )
-        gradients = (
-            None if weight is None else d[name].to(weight.dtype) for name, weight in zip(w._fields, w, strict=True)
-        )
-        return dx, None, None, None, *gradients
+        return dx, None, None, None, *gradients_of(w, d)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, o: _Options) -> tuple[Tensor, ...]:
@@ -138,14 +116,9 @@ _CAST = ("depthwise", "pointwise", "expand", "project")
 
 def _fused(x, w: ConvMLPWeights, grid, registers, activation, eps, drop_path, rng, layer, backend: str) -> Tensor:
     """Casts the convolutions' parameters as autocast wants it, draws the masks, and runs the node."""
-    dtype = autocast_dtype(x) or x.dtype
-    parts = (
-        part.to(dtype) if part is not None and name.startswith(_CAST) else part
-        for name, part in zip(w._fields, w, strict=True)
-    )
     masks = (drop_path_mask(rng, drop_path, layer, x.shape[0], i) if drop_path else None for i in (0, 1))
     options = _Options(list(grid), registers, activation, float(eps), backend)
-    return _ConvMLP.apply(x, *masks, options, *parts)
+    return _ConvMLP.apply(x, *masks, options, *cast_parts(w, _CAST, x))
 
 
 def conv_mlp(
@@ -185,32 +158,7 @@ def conv_mlp(
 
     Source of the formula: the SdP-Net project's ConvMLP block.
     """
-    check_floating("x", x)
-    check_rank("x", x, (3, 4), "(B, T, C) or (B, C, H, W)")
-    check_registers(registers, x)
-    picture = x.dim() == 4
-    if picture and grid is not None:
-        raise ValueError(f"grid must be None for a picture (B, C, H, W), got {grid!r}")
-    if not picture:
-        check_grid(grid, registers, x)
-    _check_weights(weights, x.shape[1] if picture else x.shape[2], x)
-    check_activation(activation)
-    check_eps(eps)
-    check_rate("drop_path", drop_path)
-    if drop_path:
-        check_layer(layer)
-    check_rng(rng, drop_path, x)
-    limits = {}
-    if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
-        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {autocast_dtype(x)} branch to a {x.dtype} x")
-    chosen = choose("conv_mlp", x, backend, limits)
-    if chosen in ("composed", "reference"):
-        form = (composed if chosen == "composed" else reference.conv_mlp).conv_mlp
-    else:
-        form = functools.partial(_fused, backend=chosen)
-    if not picture:
-        return form(x, weights, grid, registers, activation, eps, drop_path, rng, layer)
-    tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-    y = form(tokens, weights, (x.shape[2], x.shape[3]), 0, activation, eps, drop_path, rng, layer)
-    y = y.unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
-    return y.contiguous() if x.is_contiguous() else y
+    return on_tokens(
+        "conv_mlp", Forms(composed, reference.conv_mlp, _fused), _check_weights,
+        x, weights, grid, registers, activation, eps, drop_path, rng, layer, backend,
+    )  # fmt: skip

@@ -1,18 +1,16 @@
 """A transformer's feed-forward branch as one operator."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
 from ..composed import feed_forward as composed
 from ..reference.feed_forward import FeedForwardWeights
 from ..reference.philox import drop_path_mask
-from ..reference.precision import autocast_dtype
-from ._checks import check_eps, check_floating, check_layer, check_parameter, check_rank, check_rate, check_rng
+from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gradients_of
+from ._checks import check_eps, check_floating, check_layer, check_rank, check_rate, check_rng
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
 from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
@@ -31,18 +29,13 @@ _CAST = ("expand", "project")
 
 
 def _check_weights(weights: FeedForwardWeights, x: Tensor) -> None:
-    if not isinstance(weights, FeedForwardWeights):
-        raise TypeError(f"weights must be a FeedForwardWeights, got {type(weights).__name__}")
-    check_floating("weights.expand_weight", weights.expand_weight)
-    channels, hidden = x.shape[2], weights.expand_weight.shape[0]
+    channels, hidden = x.shape[2], check_kind(weights, FeedForwardWeights)
     shapes = {
         "expand_weight": (hidden, channels),
         "expand_bias": (hidden,),
         "project_weight": (channels, hidden),
     }
-    for name, value in zip(FeedForwardWeights._fields, weights, strict=True):
-        if value is not None or name not in _OPTIONAL:
-            check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+    check_parts(weights, _OPTIONAL, shapes, channels, x)
 
 
 class _Options(NamedTuple):
@@ -104,23 +97,15 @@ class _FeedForward(torch.autograd.Function):
         dx, d["norm_weight"], d["norm_bias"] = launch(
             o.inner.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x, w.norm_weight, mean, rstd, 0
         )
-        gradients = (
-            None if weight is None else d[name].to(weight.dtype) for name, weight in zip(w._fields, w, strict=True)
-        )
-        return dx, None, None, None, *gradients
+        return dx, None, None, None, *gradients_of(w, d)
 
 
 def _fused(x, w: FeedForwardWeights, activation, eps, dropout, drop_path, rng, layer, backend: str) -> Tensor:
     """Casts the linear layers' parameters as autocast wants it, draws the drop-path mask, and runs the node."""
-    dtype = autocast_dtype(x) or x.dtype
-    parts = (
-        part.to(dtype) if part is not None and name.startswith(_CAST) else part
-        for name, part in zip(w._fields, w, strict=True)
-    )
     mask = drop_path_mask(rng, drop_path, layer + 1, x.shape[0]) if drop_path else None
     inner = Branch(activation, 0, backend, float(dropout), layer)
     options = _Options(float(eps), inner, Branch("none", 0, backend, float(dropout), layer + 1))
-    return _FeedForward.apply(x, mask, rng if dropout else None, options, *parts)
+    return _FeedForward.apply(x, mask, rng if dropout else None, options, *cast_parts(w, _CAST, x))
 
 
 def feed_forward(
@@ -169,12 +154,5 @@ def feed_forward(
     if dropout or drop_path:
         check_layer(layer)
     check_rng(rng, max(dropout, drop_path), x)
-    limits = {}
-    if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
-        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {autocast_dtype(x)} branch to a {x.dtype} x")
-    chosen = choose("feed_forward", x, backend, limits)
-    if chosen in ("composed", "reference"):
-        form = (composed if chosen == "composed" else reference.feed_forward).feed_forward
-    else:
-        form = functools.partial(_fused, backend=chosen)
+    form = chosen_form("feed_forward", Forms(composed, reference.feed_forward, _fused), x, backend)
     return form(x, weights, activation, eps, dropout, drop_path, rng, layer)

@@ -1,0 +1,114 @@
+"""What operators that are one autograd node of several kernels share: their weights, their choice, their layouts."""
+
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..reference.precision import autocast_dtype
+from ._checks import (
+    check_eps,
+    check_floating,
+    check_grid,
+    check_layer,
+    check_parameter,
+    check_rank,
+    check_rate,
+    check_registers,
+    check_rng,
+)
+from .activation import check_activation
+
+
+def check_kind(weights: tuple, kind: type) -> int:
+    """``weights`` is a ``kind`` with an expand_weight (hidden, C); the hidden width."""
+    if not isinstance(weights, kind):
+        raise TypeError(f"weights must be a {kind.__name__}, got {type(weights).__name__}")
+    check_floating("weights.expand_weight", weights.expand_weight)
+    return weights.expand_weight.shape[0]
+
+
+def check_parts(weights: tuple, optional: set[str], shapes: dict[str, tuple[int, ...]], channels: int, x: Tensor):
+    """Each part of its shape, (C,) where ``shapes`` has none; None only for the optional ones."""
+    for name, value in zip(weights._fields, weights, strict=True):
+        if value is not None or name not in optional:
+            check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+
+
+def cast_parts(weights: tuple, prefixes: tuple[str, ...], x: Tensor) -> Iterator[Tensor | None]:
+    """The parts, those of convolutions and linear layers in the dtype that autocast wants, x's without it."""
+    dtype = autocast_dtype(x) or x.dtype
+    for name, part in zip(weights._fields, weights, strict=True):
+        yield part.to(dtype) if part is not None and name.startswith(prefixes) else part
+
+
+def gradients_of(weights: tuple, found: dict[str, Tensor | None]) -> Iterator[Tensor | None]:
+    """By the parts' order and in their dtypes; None for those that are not there."""
+    for name, part in zip(weights._fields, weights, strict=True):
+        yield None if part is None else found[name].to(part.dtype)
+
+
+class Forms(NamedTuple):
+    """The operator in its three forms: modules with a function of its name, and the node, which takes ``backend``."""
+
+    composed: ModuleType
+    reference: ModuleType
+    fused: Callable[..., Tensor]
+
+
+def chosen_form(operator: str, forms: Forms, x: Tensor, backend: str | None) -> Callable[..., Tensor]:
+    """The function that runs the operator on x."""
+    limits = {}
+    if x.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
+        limits = dict.fromkeys(("cpu", "cuda"), f"adds no {autocast_dtype(x)} branch to a {x.dtype} x")
+    chosen = choose(operator, x, backend, limits)
+    if chosen in ("composed", "reference"):
+        return getattr(getattr(forms, chosen), operator)
+    return functools.partial(forms.fused, backend=chosen)
+
+
+def on_tokens(
+    operator: str,
+    forms: Forms,
+    check_weights: Callable[[tuple, int, Tensor], None],
+    x: Tensor,
+    weights: tuple,
+    grid: tuple[int, int] | None,
+    registers: int,
+    activation: str,
+    eps: float,
+    drop_path: float,
+    rng: Tensor | None,
+    layer: int,
+    backend: str | None,
+) -> Tensor:
+    """Check the arguments of a block on image tokens and run it; a picture is read as a token buffer.
+
+    y has x's shape, dtype and memory format.
+    """
+    check_floating("x", x)
+    check_rank("x", x, (3, 4), "(B, T, C) or (B, C, H, W)")
+    check_registers(registers, x)
+    picture = x.dim() == 4
+    if picture and grid is not None:
+        raise ValueError(f"grid must be None for a picture (B, C, H, W), got {grid!r}")
+    if not picture:
+        check_grid(grid, registers, x)
+    check_weights(weights, x.shape[1] if picture else x.shape[2], x)
+    check_activation(activation)
+    check_eps(eps)
+    check_rate("drop_path", drop_path)
+    if drop_path:
+        check_layer(layer)
+    check_rng(rng, drop_path, x)
+    form = chosen_form(operator, forms, x, backend)
+    if not picture:
+        return form(x, weights, grid, registers, activation, eps, drop_path, rng, layer)
+    tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+    y = form(tokens, weights, (x.shape[2], x.shape[3]), 0, activation, eps, drop_path, rng, layer)
+    y = y.unflatten(1, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
+    return y.contiguous() if x.is_contiguous() else y

@@ -140,6 +140,15 @@ def with_passes(*problems: Case, passes: tuple[str, ...] = PASSES) -> list[Case]
     return [replace(problem, which=which) for problem in problems for which in passes]
 
 
+GEMMS = "its GEMMs alone"
+
+
+def gemms_alone(gemms: Function, name: str = GEMMS) -> Contender:
+    """The yardstick of an operator around matrix products: these in a row, right by their own truth."""
+    oracle = lambda x, *parameters, case: gemms(x, *parameters)  # noqa: E731
+    return Contender(name, "yardstick", lambda case: gemms, default=True, oracle=oracle)
+
+
 def compiled(function: Callable[[Case], Function]) -> Callable[[Case], Function]:
     """``build`` of a contender under torch.compile, specialised to the shape as a training run would have it."""
 

@@ -124,7 +124,7 @@ def contest(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
         benchmark.skipped = True  # says that an unused fixture is meant
         if contender.kind == "ours":
             pytest.fail(f"{contender.name} is {status} in {case.name}: {reason}", pytrace=False)
-        pytest.skip(f"{contender.name} is {status}: {reason}")
+        pytest.skip(f"{contender.name} is {status}: {reason}")  # a peer; ours would have failed above
 
     def run() -> None:
         checked = harness.check(operator, contender, case)

@@ -15,7 +15,7 @@ import sdp_kernels
 
 from . import baselines
 from .baselines import ACTIVATIONS
-from .cases import Case, Contender, Function, Operator, compiled, with_passes
+from .cases import GEMMS, Case, Contender, Function, Operator, compiled, gemms_alone, with_passes
 
 NAME, EPS, KERNEL, RATIO = "conv_mlp", 1e-6, 7, 4
 PICTURES = ("contiguous", "channels_last")
@@ -99,7 +99,7 @@ OPERATOR = Operator(
     traffic=traffic,
     hidden=hidden,
     parameters=parameters,
-    gemms="its GEMMs alone",
+    gemms=GEMMS,
     contenders=(
         Contender("ours", "ours", fused, default=True),
         Contender("channels last", "peer", plain, default=True),
@@ -107,13 +107,7 @@ OPERATOR = Operator(
         Contender("original", "peer", original),
         Contender("original, compiled", "peer", compiled(original)),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
-        Contender(
-            "its GEMMs alone",
-            "yardstick",
-            lambda case: gemms,
-            default=True,
-            oracle=lambda x, *weights, case: gemms(x, *weights),
-        ),
+        gemms_alone(gemms),
     ),
 )
 

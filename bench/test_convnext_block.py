@@ -12,7 +12,7 @@ import sdp_kernels
 
 from . import peers
 from .baselines import ACTIVATIONS, convnext_block
-from .cases import Case, Contender, Function, Operator, compiled, with_passes
+from .cases import GEMMS, Case, Contender, Function, Operator, compiled, gemms_alone, with_passes
 
 NAME, EPS, KERNEL, RATIO = "convnext_block", 1e-6, 7, 4
 
@@ -68,7 +68,7 @@ OPERATOR = Operator(
     traffic=traffic,
     hidden=hidden,
     parameters=parameters,
-    gemms="its GEMMs alone",
+    gemms=GEMMS,
     contenders=(
         Contender("ours", "ours", fused, default=True),
         Contender("channels last", "peer", plain, default=True),
@@ -76,13 +76,7 @@ OPERATOR = Operator(
         Contender("timm", "peer", lambda case: peers.convnext_block(case, EPS), default=True),
         Contender("timm, 1×1 convolutions", "peer", lambda case: peers.convnext_block(case, EPS, True)),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
-        Contender(
-            "its GEMMs alone",
-            "yardstick",
-            lambda case: gemms,
-            default=True,
-            oracle=lambda x, *weights, case: gemms(x, *weights),
-        ),
+        gemms_alone(gemms),
     ),
 )
 

@@ -16,7 +16,7 @@ from sdpnet.models import SdPNetConfig, layers
 
 from . import baselines
 from .baselines import ACTIVATIONS
-from .cases import Case, Contender, Function, Operator, compiled, with_passes
+from .cases import GEMMS, Case, Contender, Function, Operator, compiled, gemms_alone, with_passes
 
 NAME, EPS, HEAD = "encoder", 1e-5, 64
 NAMES = (
@@ -100,7 +100,7 @@ OPERATOR = Operator(
     traffic=traffic,
     hidden=hidden,
     parameters=parameters,
-    gemms="its GEMMs alone",
+    gemms=GEMMS,
     needs=("layer_norm_2d", "linear", "register_attention"),
     contenders=(
         Contender("ours", "ours", fused, default=True),
@@ -109,13 +109,7 @@ OPERATOR = Operator(
         Contender("original", "peer", original),
         Contender("original, compiled", "peer", compiled(original)),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
-        Contender(
-            "its GEMMs alone",
-            "yardstick",
-            lambda case: gemms,
-            default=True,
-            oracle=lambda x, *weights, case: gemms(x, *weights),
-        ),
+        gemms_alone(gemms),
     ),
 )
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sdp_kernels
 
 from .baselines import ACTIVATIONS
-from .cases import Case, Contender, Function, Operator, compiled, with_passes
+from .cases import GEMMS, Case, Contender, Function, Operator, compiled, gemms_alone, with_passes
 
 NAME, EPS, RATIO = "feed_forward", 1e-5, 4
 
@@ -74,19 +74,13 @@ OPERATOR = Operator(
     traffic=traffic,
     hidden=hidden,
     parameters=parameters,
-    gemms="its GEMMs alone",
+    gemms=GEMMS,
     contenders=(
         Contender("ours", "ours", fused, default=True),
         Contender("plain", "peer", plain, default=True),
         Contender("plain, compiled", "peer", compiled(plain), default=True),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
-        Contender(
-            "its GEMMs alone",
-            "yardstick",
-            lambda case: gemms,
-            default=True,
-            oracle=lambda x, *weights, case: gemms(x, *weights),
-        ),
+        gemms_alone(gemms),
     ),
 )
 

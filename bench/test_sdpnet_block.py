@@ -15,7 +15,7 @@ from sdpnet.models import layers
 
 from . import baselines, test_conv_mlp, test_encoder
 from .baselines import ACTIVATIONS
-from .cases import Case, Contender, Function, Operator, compiled, with_passes
+from .cases import GEMMS, Case, Contender, Function, Operator, compiled, gemms_alone, with_passes
 
 NAME, CONVS = "sdpnet_block", 2
 CONV_NAMES = (
@@ -90,7 +90,7 @@ OPERATOR = Operator(
     traffic=_together("traffic"),
     hidden=_together("hidden"),
     parameters=parameters,
-    gemms="its GEMMs alone",
+    gemms=GEMMS,
     needs=("layer_norm_2d", "linear", "conv_mlp", "register_attention"),
     contenders=(
         Contender("ours", "ours", fused, default=True),
@@ -99,13 +99,7 @@ OPERATOR = Operator(
         Contender("original", "peer", original),
         Contender("original, compiled", "peer", compiled(original)),
         Contender("reference", "peer", lambda case: fused(case, "reference")),
-        Contender(
-            "its GEMMs alone",
-            "yardstick",
-            lambda case: gemms,
-            default=True,
-            oracle=lambda x, *weights, case: gemms(x, *weights),
-        ),
+        gemms_alone(gemms),
     ),
 )
 

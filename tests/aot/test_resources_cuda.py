@@ -21,9 +21,9 @@ def operator(request) -> str:
 def compiled(operator) -> dict:
     version = resources_cuda.nvcc_version()
     if version is None:
-        pytest.skip("no nvcc here")
+        pytest.skip("no nvcc here")  # there is nothing to compile with; CI has one
     if version != resources_cuda.PINNED:
-        pytest.skip(f"the tables are for nvcc {resources_cuda.PINNED}, here is {version}")
+        pytest.skip(f"the tables are for nvcc {resources_cuda.PINNED}, here is {version}")  # another makes other code
     return resources_cuda.collect(operator)
 
 

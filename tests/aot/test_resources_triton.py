@@ -34,7 +34,7 @@ def measured(operator):
     try:
         return resources_triton.collect(operator)
     except NotAvailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(str(reason))  # the pinned Triton is not to be had: another makes other code
 
 
 def test_every_entry_of_the_table_is_compiled_for_every_target(measured, operator):
@@ -112,7 +112,7 @@ def test_variants_compile_without_spilling(which, operator):
     try:
         variables = environment(pinned=which == "pinned")
     except NotAvailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(str(reason))  # the pinned Triton is not to be had: another makes other code
     command = [sys.executable, "-c", VARIANTS.format(here=str(HERE), operator=operator)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

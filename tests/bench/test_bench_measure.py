@@ -425,5 +425,5 @@ def test_freed_memory_is_not_fetched_again() -> None:
     ran = subprocess.run([sys.executable, "-c", FAULTS], cwd=root, capture_output=True, text=True, check=True)
     told, faults = map(int, ran.stdout.split())
     if not told:
-        pytest.skip("the C library cannot be told")
+        pytest.skip("the C library cannot be told")  # not glibc: there is nothing to test
     assert faults < 64 * 2**20 / 4096 / 10

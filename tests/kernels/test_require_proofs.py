@@ -11,9 +11,9 @@ TESTS = Path(__file__).parents[1]
 PASSING = "def test_b():\n    pass\n"
 REASON = "no such thing here"
 SKIPPING = {
-    "test": f"import pytest\ndef test_a():\n    pytest.skip('{REASON}')\n{PASSING}",
+    "test": f"import pytest\ndef test_a():\n    pytest.skip('{REASON}')\n{PASSING}",  # what is tested
     "mark": f"import pytest\n@pytest.mark.skipif(True, reason='{REASON}')\ndef test_a():\n    pass\n{PASSING}",
-    "module": f"import pytest\npytest.skip('{REASON}', allow_module_level=True)\n",
+    "module": f"import pytest\npytest.skip('{REASON}', allow_module_level=True)\n",  # what is tested
 }
 
 
@@ -37,5 +37,5 @@ def test_skip_is_a_skip_otherwise(tmp_path):
 
 
 def test_tests_for_a_gpu_may_be_skipped(tmp_path):
-    code = "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('no GPU')\n"
+    code = "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('no GPU')\n"  # what is tested
     assert run(tmp_path, code, "1").returncode == 0

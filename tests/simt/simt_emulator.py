@@ -41,7 +41,7 @@ def compile_source(source: str, *flags: str, shared: bool = True, define: str = 
     """The library (or program) made of a source in this folder; kept between runs, by the contents of its sources."""
     compiler = os.environ.get("CXX", "g++").split()
     if shutil.which(compiler[0]) is None:
-        pytest.skip(f"the emulator needs a C++ compiler, there is no {compiler[0]}")
+        pytest.skip(f"the emulator needs a C++ compiler, there is no {compiler[0]}")  # nothing to compile with
     command = [*compiler, "-std=c++17", "-O2", "-g1", "-fPIC", "-fno-gnu-unique", "-Wno-unknown-pragmas", *flags]
     command += [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC}", *([f"-D{define}"] if define else [])]
     if shared:

@@ -55,7 +55,7 @@ def fake_step(model: torch.nn.Module) -> set[str]:
 
 def test_the_fused_step_reads_nothing_back():
     if sdp_kernels.backends.BACKENDS["cpu"].absent is not None:
-        pytest.skip("the CPU kernels are not built")
+        pytest.skip("the CPU kernels are not built")  # then there is no fused step here
     seen = fake_step(create_model("sdpnet_digits", fused=True, **OPTIONS).train())
     for kernel in ("layer_norm_2d", "depthwise_conv2d", "linear_epilogue", "register_attention"):
         for which in ("fwd", "bwd"):

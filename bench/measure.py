@@ -25,6 +25,8 @@ from .environment import last_level_cache
 COPY, AGAIN = "copy", " (again)"
 BLOCK = 4
 """Rounds prepared at once: a backward pass needs its graphs made beforehand, and each holds memory."""
+SHARE = 0.5
+"""Of the free GPU memory that prepared calls may hold; fewer are prepared at once where they would hold more."""
 LEAST_ROUNDS, MOST_ROUNDS = 8, 200
 PEER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """A peer is wrong when it computes something else, not when it rounds more often: its error is a column of its own."""
@@ -120,17 +122,21 @@ def interleave(
     """Name → seconds of each round. In a round everybody has one turn, in an order drawn anew."""
     names, order, turn = list(prepare), random.Random(0), 0
 
-    def block(rounds: int) -> list[tuple[str, float]]:
+    def run_together(some: list[str]) -> None:
         nonlocal turn
-        schedule = [name for _ in range(rounds) for name in order.sample(names, len(names))]
         calls = []
-        for name in schedule:
+        for name in some:
             calls.append(prepare[name](turn % sets))
             turn += 1
         for position, call in enumerate(calls):
             calls[position] = None  # frees a backward pass's graph as soon as it has run
             clock.run(call)
             del call
+
+    def block(rounds: int, together: int) -> list[tuple[str, float]]:
+        schedule = [name for _ in range(rounds) for name in order.sample(names, len(names))]
+        for begin in range(0, len(schedule), together):
+            run_together(schedule[begin : begin + together])
         return list(zip(schedule, clock.take()))
 
     durations: dict[str, list[float]] = {name: [] for name in names}
@@ -138,17 +144,35 @@ def interleave(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        block(2)  # warm-up
+        block(1, 1)  # warm-up, one by one: nobody knows yet what they hold
+        together = _together(prepare, isinstance(clock, CudaClock))
+        block(1, together)
         start = time.monotonic()
         while len(durations[names[0]]) < LEAST_ROUNDS or (
             time.monotonic() - start < seconds and len(durations[names[0]]) < MOST_ROUNDS
         ):
-            for name, span in block(BLOCK):
+            for name, span in block(BLOCK, together):
                 durations[name].append(span)
     finally:
         if was_enabled:
             gc.enable()
     return durations
+
+
+def _together(prepare: dict[str, Callable[[int], Callable[[], object]]], on_gpu: bool) -> int:
+    """How many calls may be prepared before the first of them runs."""
+    every = BLOCK * len(prepare)
+    if not on_gpu:
+        return every
+    heaviest = 1
+    for make in prepare.values():
+        before = torch.cuda.memory_allocated()
+        call = make(0)
+        heaviest = max(heaviest, torch.cuda.memory_allocated() - before)
+        del call
+    torch.cuda.synchronize()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(every, int(SHARE * (torch.cuda.mem_get_info()[0] + unused) / heaviest)))
 
 
 def outputs(function: Function, x: Tensor, parameters: Iterable[Tensor], dy: Tensor) -> dict[str, Tensor]:

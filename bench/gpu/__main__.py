@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,8 @@ def _arguments(arguments: list[str] | None, known: list[str]) -> argparse.Namesp
     parser.add_argument("--out", type=Path, help="folder of results (default: runs/gpu; rehearsal: none)")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no case later")
     parser.add_argument("--rehearse", action="store_true", help="the same code on a CPU: tiny shapes, made-up times")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases with all these words in their name")
+    parser.add_argument("--prebuilt", action="store_true", help="use the libraries that are there, if they load")
     parser.add_argument("--retry", action="store_true", help="do again what failed, crashed or timed out before")
     parser.add_argument("--fresh", action="store_true", help="do everything again")
     parser.add_argument("--write", action="store_true", help="configurations: into the committed table")
@@ -53,7 +56,7 @@ def _environment(setting: Setting, crew: Crew) -> dict:
 def run(options: argparse.Namespace, parts: dict, out: Path, crew: Crew) -> int:
     """Run the chosen parts into ``out``; the exit status. A rehearsal's parts share workers, to save their starts."""
     names = [n for group in options.part for n in group] if options.part else list(parts)
-    setting = Setting(rehearsal=options.rehearse)
+    setting = Setting(rehearsal=options.rehearse, prebuilt=options.prebuilt)
     deadline = Deadline.after(options.time_limit)
     environment, code = _environment(setting, crew), code_fingerprint()
     out.mkdir(parents=True, exist_ok=True)
@@ -67,9 +70,10 @@ def run(options: argparse.Namespace, parts: dict, out: Path, crew: Crew) -> int:
             continue
         store = Store(out, name, rehearsal=options.rehearse, environment=environment, code=code, fresh=options.fresh)
         _say(f"{name}: {part.TITLE}")
-        setting = Setting(rehearsal=options.rehearse, facts=_facts(out, options.rehearse))
+        setting = replace(setting, facts=_facts(out, options.rehearse))
         shared = crew if options.rehearse else None
-        outcomes.append(run_part(part, store, setting, deadline, retry=options.retry, crew=shared, say=_say))
+        how = {"retry": options.retry, "only": options.only, "crew": shared, "say": _say}
+        outcomes.append(run_part(part, store, setting, deadline, **how))
         if store.path.exists():
             _conclude(part, store, setting, out, options.write)
     print("\n".join(["", *(outcome.line() for outcome in outcomes)]))

@@ -140,7 +140,7 @@ def tiny(operator: str) -> list[Problem]:
         ],
     }
     shapes["register_attention"] = [
-        Problem("register_attention", (2, 6, 16), "float16", registers=2, kernel=8, epilogue="separate masks"),
+        Problem("register_attention", (2, 6, 16), "bfloat16", registers=2, kernel=8, epilogue="separate masks"),
         Problem("register_attention", (2, 5, 16), "float32", grad="swapped", kernel=16),
     ]
     return shapes[operator]
@@ -148,7 +148,7 @@ def tiny(operator: str) -> list[Problem]:
 
 def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
     """For determinism, torch.compile and graphs: a batch of several samples, in the layouts that training uses."""
-    kernel = {"kernel": 7} if operator == "depthwise_conv2d" else {}
+    kernel = {"kernel": 3 if rehearsal else 7} if operator == "depthwise_conv2d" else {}
     if operator == "linear":
         shape, dtype = ((3, 6, 8), "float32") if rehearsal else ((8, 261, 384), "bfloat16")
         return [Problem(operator, shape, dtype, registers=2, epilogue=e) for e in EPILOGUES[:2]]

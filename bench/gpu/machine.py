@@ -55,7 +55,7 @@ def free_memory(setting: Setting) -> int:
 
 @contextlib.contextmanager
 def stand_ins(setting: Setting) -> Iterator[None]:
-    """In a rehearsal: a made-up clock and no cache for the benchmark, and no compiler behind torch.compile."""
+    """In a rehearsal: a made-up clock, no cache and one round for the benchmark, no compiler behind torch.compile."""
     if not setting.rehearsal:
         yield
         return
@@ -63,6 +63,8 @@ def stand_ins(setting: Setting) -> Iterator[None]:
     with (
         patch.object(bench.harness, "CpuClock", MadeUpClock),
         patch.object(bench.measure, "last_level_cache", lambda: (0, "none (rehearsal)")),
+        patch.object(bench.measure, "LEAST_ROUNDS", 1),
+        patch.object(bench.measure, "BLOCK", 1),
         patch.object(torch, "compile", traced),
     ):
         yield

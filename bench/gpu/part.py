@@ -4,6 +4,7 @@ ORDER: int                 its place; lower runs first
 TITLE: str                 one line for --list
 BUDGET: int                seconds after which no further case is begun
 PARALLEL: int = 1          worker processes at most; 1 where anything is timed
+PARTIAL: bool = False      whether the result of a case that failed counts in the summary too
 RESULT: schema             of what ``run`` returns (schema.py)
 cases(setting) -> [Item]   runs in a worker of each of the setting's variants
 run(setting, **arguments) -> dict     runs one case, in a worker; may raise Failure or Unavailable
@@ -40,6 +41,8 @@ class Setting:
     rehearsal: bool = False
     variant: str = "plain"
     facts: dict = field(default_factory=dict)
+    prebuilt: bool = False
+    """A library that is there and can be loaded need not be built again."""
 
     @property
     def device(self) -> str:
@@ -60,7 +63,9 @@ class Setting:
 @dataclass(frozen=True)
 class Item:
     """One case. ``timeout``: seconds; ``alone``: when no other worker runs; ``again``: also when a record is there;
-    ``renew``: what it did, workers see only when started anew."""
+    ``renew``: what it did, workers see only when started anew; ``group``: of cases that one broken kernel would crash
+    or hang all alike, and which are left out when they have cost too much (runner.py); ``instead``: arguments to try
+    one after the other when the case lost its process, so that what crashed does not take the rest with it."""
 
     id: str
     arguments: dict = field(default_factory=dict)
@@ -69,6 +74,8 @@ class Item:
     alone: bool = False
     again: bool = False
     renew: bool = False
+    group: str = ""
+    instead: list[dict] = field(default_factory=list)
 
 
 def all_parts(package: str = "bench.gpu.parts") -> dict[str, ModuleType]:

@@ -13,6 +13,12 @@ from .part import Item, Setting
 from .pool import Crew
 from .schema import SchemaError, check
 from .store import Store
+from .worker import tells_of_fault
+
+LOSS = 10.0
+"""Seconds that a lost process costs at least: its successor has to start."""
+PATIENCE = 100.0
+"""Seconds that a group's cases may cost by losing their process; what is left of the group is left out then."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,32 @@ class Outcome:
         return f"{self.part}: {self.trouble or counted + more} ({self.new} new in {self.seconds:.0f} s)"
 
 
+class Losses:
+    """What cases that crashed, hung, or left the GPU unusable have cost, by group."""
+
+    def __init__(self, records: list[dict], items: list[Item]):
+        self._groups = {item.id: item.group for item in items}
+        self._seconds: dict[str, float] = {}
+        self._last: dict[str, str] = {}
+        for record in records:
+            self.note(record)
+
+    def note(self, record: dict) -> None:
+        """Count the record, if its case lost its process."""
+        lost = record["status"] in ("crashed", "timeout") or tells_of_fault(record["error"] or "")
+        if lost and (group := self._groups.get(record["id"])):
+            self._seconds[group] = self._seconds.get(group, 0.0) + max(LOSS, record["seconds"])
+            self._last[group] = record["id"]
+
+    def reason(self, item: Item) -> str | None:
+        """Why the item is not worth another process; None where it is."""
+        cost = self._seconds.get(item.group, 0.0)
+        if not item.group or cost < PATIENCE:
+            return None
+        told = f"{item.group}: crashes and hangs took {cost:.0f} s, the last one in {self._last[item.group]}"
+        return f"left out: {told}; --retry tries again"
+
+
 def list_cases(part: ModuleType, setting: Setting, crew: Crew) -> list[Item]:
     """All cases, each variant's from a worker of its kind. Raises RuntimeError where a worker can't tell."""
     items: list[Item] = []
@@ -77,9 +109,16 @@ def list_cases(part: ModuleType, setting: Setting, crew: Crew) -> list[Item]:
 
 
 def run_item(part: ModuleType, item: Item, setting: Setting, crew: Crew) -> dict:
-    """The record of one case."""
-    start = time.monotonic()
+    """The record of one case; failed, with what the rest found, where it only got through without a part of it."""
+    start, lost = time.monotonic(), None
     reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), item.arguments, item.timeout)
+    for arguments in item.instead:
+        if not reply["poisoned"]:
+            break
+        lost = reply
+        reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), arguments, item.timeout)
+    if lost and reply["status"] == "ok":
+        reply |= {"status": "failed", "error": f"a part of it had to be left out: {lost['error']}"}
     if item.renew:
         crew.dismiss()
     if reply["status"] == "ok":
@@ -98,11 +137,12 @@ def run_part(
     deadline: Deadline,
     *,
     retry: bool = False,
+    only: str = "",
     crew: Crew | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run what is missing until done or out of time. ``retry``: also what did not end well before; ``crew``: workers
-    that outlive the part, instead of its own.
+    """Run what is missing until done or out of time. ``retry``: also what did not end well before; ``only``: cases
+    with these words in their name; ``crew``: workers that outlive the part, instead of its own.
 
     A case that fails, crashes or hangs becomes a record, and the part goes on. Interrupting loses what is in flight.
     """
@@ -121,8 +161,10 @@ def run_part(
         # What was unavailable may have become possible.
         again |= {r["id"] for r in store.content["records"] if r["status"] == "unavailable"}
         store.plan([item.id for item in items], again)
-        todo = [item for item in items if item.id not in store.done]
-        _work(part, store, setting, deadline, crew, todo, outcome, say)
+        words = only.split()
+        todo = [i for i in items if i.id not in store.done and all(word in i.id for word in words)]
+        losses = Losses(store.content["records"], items)
+        _work(part, store, setting, deadline, crew, todo, losses, outcome, say)
         outcome.planned = len(items)
     finally:
         if not keep:
@@ -134,7 +176,7 @@ def run_part(
     return outcome
 
 
-def _work(part, store, setting, deadline, crew, todo: list[Item], outcome: Outcome, say) -> None:
+def _work(part, store, setting, deadline, crew, todo: list[Item], losses: Losses, outcome: Outcome, say) -> None:
     lock, stop = threading.Lock(), threading.Event()
 
     def loop(queue: list[Item], crew: Crew) -> None:
@@ -143,16 +185,22 @@ def _work(part, store, setting, deadline, crew, todo: list[Item], outcome: Outco
                 if not queue or deadline.over:
                     return
                 item = queue.pop(0)
-            record = run_item(part, item, setting, crew)
+                useless = losses.reason(item)
+            if useless:
+                record = {"id": item.id, "status": "unavailable", "seconds": 0.0, "result": None, "error": useless}
+            else:
+                record = run_item(part, item, setting, crew)
             if stop.is_set():
                 return  # ended from outside, which is no finding about the case
             with lock:
                 store.add(record)
                 outcome.new += 1
+                if not useless:
+                    losses.note(record)
                 say(f"  {record['status']:<11} {record['seconds']:7.1f} s  {item.id}" + _reason(record))
 
     shared, alone = ([item for item in todo if item.alone is is_alone] for is_alone in (False, True))
-    hands = min(getattr(part, "PARALLEL", 1), max(1, (os.cpu_count() or 1) // 2), max(1, len(shared)))
+    hands = min(getattr(part, "PARALLEL", 1), max(1, (os.cpu_count() or 1) - 1), max(1, len(shared)))
     crews = [crew, *(Crew() for _ in range(hands - 1))]
     threads = [threading.Thread(target=loop, args=(shared, c), daemon=True) for c in crews[1:]]
     try:
@@ -178,7 +226,9 @@ def _summarise(part: ModuleType, store: Store, setting: Setting, outcome: Outcom
     summary = getattr(part, "summary", None)
     if summary is None:
         return
-    good = {record["id"]: record["result"] for record in store.content["records"] if record["status"] == "ok"}
+    counted = ("ok", "failed") if getattr(part, "PARTIAL", False) else ("ok",)
+    records = [r for r in store.content["records"] if r["status"] in counted and r["result"]]
+    good = {record["id"]: record["result"] for record in records}
     try:
         store.summarise(summary(good, setting))
     except Exception as error:  # the records are worth more than their summary

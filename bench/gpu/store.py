@@ -58,10 +58,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def as_text(content: dict) -> str:
-    """JSON with one line per field and per record, so that differences can be read."""
+def as_text(content: dict, texts: dict[str, str]) -> str:
+    """JSON with one line per field and per record, so that differences can be read. ``texts``: of records, by id; made
+    once, because a part has thousands and is written after each."""
     lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in content.items() if key != "records"]
-    records = ",\n".join("    " + json.dumps(record, allow_nan=False) for record in content["records"])
+    for record in content["records"]:
+        if record["id"] not in texts:
+            texts[record["id"]] = json.dumps(record, allow_nan=False)
+    records = ",\n".join("    " + texts[record["id"]] for record in content["records"])
     return "{\n" + ",\n".join([*lines, '  "records": [\n' + records + "\n  ]"]) + "\n}\n"
 
 
@@ -101,6 +105,7 @@ class Store:
 
     def __init__(self, folder: Path, part: str, *, rehearsal: bool, environment: dict, code: str, fresh: bool = False):
         self.path = folder / f"{part}.json"
+        self._texts: dict[str, str] = {}
         self.content = {
             "format": FORMAT[rehearsal],
             "rehearsal": rehearsal,
@@ -127,6 +132,7 @@ class Store:
         self.content["planned"] = ids
         wanted = set(ids) - discard
         self.content["records"] = [r for r in self.content["records"] if r["id"] in wanted]
+        self._texts.clear()
         self._write()
 
     @property
@@ -150,4 +156,4 @@ class Store:
         order = {name: i for i, name in enumerate(self.content["planned"])}
         self.content["records"].sort(key=lambda record: order[record["id"]])
         self.content["complete"] = self.complete
-        write_atomically(self.path, as_text(self.content))
+        write_atomically(self.path, as_text(self.content, self._texts))

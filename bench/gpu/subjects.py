@@ -1,12 +1,11 @@
 """The operators under test: how their inputs are made, what they compute, and the same in plain PyTorch.
 
-A new operator with kernels needs an entry here; a test says so.
+Those made of others are in blocks.py. A new operator with kernels needs an entry here; a test says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -16,117 +15,13 @@ from bench.baselines import layer_norm_permuted, layer_norm_tokens
 from sdp_kernels import reference
 from sdp_kernels.backends import BACKENDS, every_reason
 
+from .blocks import BLOCKS
 from .judge import accumulator, judge, same_bits
 from .part import Setting
+from .problem import DTYPES, GRADIENT, GRADIENTS, LAYOUTS, Problem, Subject, normal
 
 EPS = 1e-6
 GPU_BACKENDS = ("cuda", "triton")
-GRADIENT = 5.0
-"""About the largest value of a normal gradient."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One operator on one tensor. ``layout`` and ``grad`` name memory layouts (see LAYOUTS, GRADIENTS); ``epilogue`` is
-    what linear does behind its GEMM: an activation's name, "scale", "residual", "masks", separated by blanks; of
-    attention, which tokens may be read. ``kernel``: a convolution's, or the columns of a head."""
-
-    operator: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    layout: str = "contiguous"
-    grad: str = "like y"
-    registers: int = 0
-    residual: bool = False
-    kernel: int = 0
-    wide_parameters: bool = False
-    normed: bool = False
-    """depthwise_conv2d normalises x as it loads it."""
-    epilogue: str = ""
-
-    @property
-    def name(self) -> str:
-        extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
-        extra += ["normed"] * self.normed
-        extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
-        extra += [self.epilogue] * bool(self.epilogue)
-        extra += [f"gradient {self.grad}"] * (self.grad != "like y")
-        return " ".join([self.operator, "x".join(map(str, self.shape)), self.dtype, self.layout, *extra])
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def channels(self) -> int:
-        return self.shape[1] if len(self.shape) == 4 else self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        return torch.Size(self.shape).numel() // max(1, self.channels)
-
-    def json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def of(cls, arguments: dict) -> Problem:
-        return cls(**arguments | {"shape": tuple(arguments["shape"])})
-
-
-def _gaps(x: Tensor) -> Tensor:
-    buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
-    buffer[..., ::2] = x
-    return buffer[..., ::2]
-
-
-def _slice(x: Tensor) -> Tensor:
-    buffer = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), float("nan"))
-    view = buffer[:, 1:-2]
-    view.copy_(x)
-    return view
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "tokens": lambda x: x.contiguous(),
-    "gaps": _gaps,
-    "slice": _slice,
-    "swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "batch last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "image rows": lambda x: (  # of a token buffer: channels last, with a batch stride of more than C · H · W
-        _slice(x.flatten(2).transpose(1, 2).contiguous()).unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2)
-    ),
-}
-GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "like y": lambda g: g,
-    "expanded": lambda g: g.reshape(-1)[:1].reshape([1] * g.dim()).expand_as(g),
-    "expanded per sample": lambda g: g[(slice(None), *[slice(0, 1)] * (g.dim() - 1))].expand_as(g),
-    "swapped": LAYOUTS["swapped"],
-    "gaps": _gaps,
-}
-
-
-def normal(problem: Problem, shape: tuple[int, ...], seed: int, device: str, scale: float = 1.0) -> Tensor:
-    """Normal values of the problem's dtype, made on the device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(shape, generator=generator, device=device) * scale).to(problem.torch_dtype)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """``inputs(problem, device)`` → leaves, x first; ``ours(problem, backend, *inputs)``, ``plain(problem, *inputs)`` →
-    outputs; ``slack(problem, inputs)`` → absolute errors that conditioning explains, outputs first, then gradients."""
-
-    inputs: Callable[[Problem, str], list[Tensor]]
-    ours: Callable[..., tuple[Tensor, ...]]
-    plain: Callable[..., tuple[Tensor, ...]]
-    slack: Callable[[Problem, list[Tensor]], list[float]]
-    parameters: int
-    """How many of the inputs, behind x, are summed over all rows in the backward pass."""
-    vendor_gemm: bool = False
-    """The vendor's GEMM is part of it: its bits may depend on the batch, on graphs and on the compiler."""
 
 
 def _kelu_inputs(problem: Problem, device: str) -> list[Tensor]:
@@ -305,14 +200,21 @@ def _attention_slack(problem: Problem, inputs: list[Tensor]) -> list[float]:
 ATTENTION = Subject(_attention_inputs, _attention_ours, _attention_plain, _attention_slack, parameters=4)
 SUBJECTS = {"kelu": KELU, "layer_norm_2d": LAYER_NORM, "depthwise_conv2d": CONVOLUTION, "linear": LINEAR}
 SUBJECTS |= {"register_attention": ATTENTION}
+"""The operators that have kernels of their own."""
+EVERYTHING = SUBJECTS | BLOCKS
 
 
 def alike(problem: Problem, name: str, got: Tensor, wanted: Tensor) -> None:
     """Raise Failure unless the two are equal to the bit, or as near as a vendor's GEMM keeps to the other."""
-    if SUBJECTS[problem.operator].vendor_gemm:
+    if EVERYTHING[problem.operator].vendor_gemm:
         judge(name, got, wanted, wanted, rows=max(problem.rows, problem.channels))
     else:
         same_bits(name, got, wanted)
+
+
+def needs(operator: str) -> tuple[str, ...]:
+    """The operators of sdp_kernels that have to have kernels for it."""
+    return EVERYTHING[operator].needs or (operator,)
 
 
 def backends(setting: Setting, operator: str, dtype: str = "float32") -> list[str]:
@@ -323,14 +225,15 @@ def backends(setting: Setting, operator: str, dtype: str = "float32") -> list[st
         wanted = ("cpu",) if BACKENDS["cpu"].absent is None else ("reference",)
     else:
         wanted = GPU_BACKENDS
-    reasons = every_reason(operator, setting.device, DTYPES[dtype])
-    return [name for name in wanted if not reasons[name]]
+    reasons = [every_reason(kernel, setting.device, DTYPES[dtype]) for kernel in needs(operator)]
+    return [name for name in wanted if not any(told[name] for told in reasons)]
 
 
 def missing(setting: Setting, operator: str) -> dict[str, str]:
     """GPU backend → why it can't run the operator here."""
-    reasons = every_reason(operator, setting.device, torch.float32)
-    return {name: "; ".join(reasons[name]) for name in GPU_BACKENDS if reasons[name]}
+    told = [every_reason(kernel, setting.device, torch.float32) for kernel in needs(operator)]
+    reasons = {name: [why for one in told for why in one[name]] for name in GPU_BACKENDS}
+    return {name: "; ".join(dict.fromkeys(why)) for name, why in reasons.items() if why}
 
 
 def differentiate(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,12 +24,15 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// launch(kernel, geometry, arguments...) as the operators' .cuh files ask for it.
+// launch(kernel, geometry, arguments...) as the operators' .cuh files ask for it. A grid without blocks is an error to
+// CUDA, and more than 2³¹ − 1 don't fit in its first dimension.
 struct Launcher {
   cudaStream_t stream;
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), const LaunchGeometry& g, const Arguments&... arguments) const {
+    if (g.blocks == 0) return;
+    STD_TORCH_CHECK(g.blocks < int64_t(1) << 31, "too many blocks for one launch: ", g.blocks);
     if (g.shared > 48 * 1024)  // above, a kernel has to ask for it
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.shared)));

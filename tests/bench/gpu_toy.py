@@ -18,16 +18,27 @@ def cases(setting: Setting) -> list[Item]:
     """What SDP_TOY_CASES lists, e.g. "good-1,dies-2"."""
     names = os.environ["SDP_TOY_CASES"].split(",")
     return [
-        Item(name, {"name": name}, timeout=1.0 if name.startswith("hangs") else 60.0, again=name.startswith("again"))
+        Item(
+            name,
+            {"name": name},
+            timeout=1.0 if name.startswith("hangs") else 60.0,
+            again=name.startswith("again"),
+            group=name.partition("-")[0],
+            instead=[{"name": name, "parts": parts} for parts in (3, 2, 1)] if name.startswith("parts") else [],
+        )
         for name in names
     ]
 
 
-def run(setting: Setting, name: str) -> dict:
+def run(setting: Setting, name: str, parts: int = 4) -> dict:
     """Behaves as its name says, and notes that it ran."""
     with open(os.environ["SDP_TOY_LOG"], "a") as log:
         log.write(name + "\n")
     kind = name.partition("-")[0]
+    if kind == "parts" and (parts <= 2 or "dies" not in name):
+        return {"value": float(parts)}
+    if kind == "parts":
+        os.abort()
     if kind == "fails":
         raise Failure("off by 3", {"value": 3.0})
     if kind == "absent":

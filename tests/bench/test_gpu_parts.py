@@ -14,8 +14,10 @@ from bench import harness
 from bench.gpu import drive, goals, grid, machine, workloads
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Setting, Unavailable
-from bench.gpu.parts import configurations, correctness, environment, sanitizer, speed
-from bench.gpu.subjects import GRADIENTS, LAYOUTS, SUBJECTS, Problem, gradients_for
+from bench.gpu.parts import configurations, correctness, environment, sanitizer, speed, throughput
+from bench.gpu.problem import GRADIENTS, LAYOUTS, Problem, Surroundings
+from bench.gpu.schema import check
+from bench.gpu.subjects import EVERYTHING, SUBJECTS, gradients_for
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = Setting(rehearsal=True)
@@ -29,7 +31,8 @@ def subject(monkeypatch, change, operator="kelu"):
     def ours(problem, backend, *inputs):
         return change(right.ours(problem, "reference", *inputs))
 
-    monkeypatch.setitem(SUBJECTS, operator, dataclasses.replace(right, ours=ours))
+    for known in (SUBJECTS, EVERYTHING):
+        monkeypatch.setitem(known, operator, dataclasses.replace(right, ours=ours))
 
 
 def run(kind, problem=KELU):
@@ -71,6 +74,45 @@ def test_unwritten_memory_is_found(monkeypatch):
     with pytest.raises(Failure, match="not finite"):
         run("values")
     assert torch.are_deterministic_algorithms_enabled() is False
+
+
+def test_a_write_beside_an_input_and_a_read_from_there_are_found(monkeypatch):
+    kept = []
+
+    def careless(problem, backend, *inputs):
+        x = inputs[0].detach()
+        around = x.as_strided((x.numel() + 2,), (1,), x.storage_offset() - 1)
+        kept.append(around)
+        if len(kept) == 1:
+            around[0] = 7.0
+        return SUBJECTS["kelu"].plain(problem, *inputs)
+
+    def reads_too_far(problem, backend, *inputs):
+        x = inputs[0].detach()
+        behind = x.as_strided(x.shape, x.stride(), x.storage_offset() + x.numel())
+        return tuple(y + 0 * behind for y in SUBJECTS["kelu"].plain(problem, *inputs))
+
+    right = SUBJECTS["kelu"]
+    monkeypatch.setitem(EVERYTHING, "kelu", dataclasses.replace(right, ours=careless))
+    with pytest.raises(Failure, match="memory around or in input 0 was written"):
+        run("values")
+    monkeypatch.setitem(EVERYTHING, "kelu", dataclasses.replace(right, ours=reads_too_far))
+    with pytest.raises(Failure, match="not finite"):
+        run("values")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_surroundings_keep_values_strides_and_alignment(layout):
+    shape = (2, 12, 5) if layout == "tokens" else (2, 3, 4, 5)
+    original = LAYOUTS[layout](torch.randn(shape))
+    surroundings = Surroundings(original)
+    copy = surroundings.tensor
+    assert torch.equal(copy, original) and copy.stride() == original.stride() and surroundings.untouched()
+    assert copy.data_ptr() % 16 == original.data_ptr() % 16
+    copy.as_strided((1,), (1,), copy.storage_offset() - 1).zero_()
+    assert not surroundings.untouched()
+    expanded = torch.zeros(1).expand(4)
+    assert Surroundings(expanded).tensor is expanded and Surroundings(torch.empty(0)).untouched()
 
 
 def test_changing_bits_are_found(monkeypatch):
@@ -308,6 +350,37 @@ def test_a_candidate_that_computes_something_else_is_not_timed(monkeypatch):
     assert result["best"] == {"block": 64, "warps": 4} == constants["kelu/forward/dense/32bit"]
 
 
+def test_the_vendors_gemm_is_compared_with_the_best_of_ours_that_this_process_found(monkeypatch):
+    entry, gemm = "linear/form/forward/square/16bit", "linear/gemm_forward/descriptors/16bit"
+    constants = {entry: {"gemm": 0}, gemm: {"warps": 4}}
+    seen = set()
+
+    def call(x):
+        seen.add((constants[entry]["gemm"], constants[gemm]["warps"]))
+        return [x]
+
+    monkeypatch.setattr(configurations, "table", lambda found: constants)
+    monkeypatch.setattr(configurations, "workload", lambda *a, **k: workloads.Workload(lambda s: [torch.ones(4)], call))
+    monkeypatch.setattr(configurations, "FOUND", {gemm: {"warps": 8}})
+    configurations.run(REHEARSAL, entry)
+    assert seen == {(0, 4), (0, 8), (1, 8)} or seen == {(0, 8), (1, 8)}
+    assert constants == {entry: {"gemm": 0}, gemm: {"warps": 4}}
+
+
+def test_what_was_only_compiled_is_no_result(monkeypatch):
+    entry = "kelu/forward/dense/16bit"
+    constants = {entry: {"block": 64, "warps": 4}}
+    monkeypatch.setattr(configurations, "table", lambda found: constants)
+    load = workloads.Workload(lambda s: [torch.ones(4)], lambda x: [x * (1 / (constants[entry]["block"] < 100))])
+    monkeypatch.setattr(configurations, "workload", lambda *a, **k: load)
+    made = configurations.run(REHEARSAL, entry, compile_only=True)
+    assert [t["reason"] for t in made["tried"]] == [None, "ZeroDivisionError: division by zero"]
+    assert constants == {entry: {"block": 64, "warps": 4}}
+    file = {"rehearsal": False, "records": [{"status": "ok", "result": made}]}
+    assert configurations.files(file, Setting()) == {} and "nothing written" in configurations.write(file)
+    assert configurations.summary({"a": made}, Setting())["lines"] == ["0 entries searched, 0 can be faster"]
+
+
 def row(backend, ratio, which="forward", layout="contiguous"):
     made = {"operator": "kelu", "shape": [256, 768, 16, 16], "dtype": "bfloat16", "layout": layout, "pass": which}
     return made | {"kind": "ours", "backend": backend, "time_over_floor": ratio, "floor": 47e-6}
@@ -319,7 +392,7 @@ def test_goals_are_judged_by_the_backend_chosen_first():
     assert forward["verdict"] == goals.REACHED and forward["time_over_floor"] == {"cuda": 1.04, "triton": 1.4}
     assert found["kelu 256×768×16×16 contiguous backward"]["verdict"] == goals.MISSED
     assert found["layer_norm_2d 256×768×16×16 contiguous forward"]["verdict"] == goals.UNMEASURED
-    assert any(line.startswith("missed") for line in goals.lines(found.values()))
+    assert any(line.startswith("missed") for line in goals.lines(list(found.values())))
 
 
 def test_every_goal_of_an_operator_that_is_benchmarked_is_measured():
@@ -328,6 +401,77 @@ def test_every_goal_of_an_operator_that_is_benchmarked_is_measured():
         if goal.operator in benchmarked:
             cases = {(c.shape, c.layout, c.dtype_name, c.variant) for c in benchmarked[goal.operator][1]}
             assert (goal.shape, goal.layout, goal.dtype, goal.variant) in cases, goal.name
+
+
+def test_a_backend_can_have_a_bound_of_its_own():
+    attention = {"operator": "register_attention", "shape": [256, 261, 3, 8, 96], "layout": "tokens"}
+    rows = [row(backend, 1.8) | attention for backend in ("cuda", "triton")]
+    found = {g["goal"]: g for g in goals.judged(rows)}["register_attention 256×261×3×8×96 tokens forward"]
+    assert found["verdict"] == goals.MISSED
+    assert found["verdicts"] == {"cuda": goals.MISSED, "triton": goals.REACHED}
+    told = goals.lines([found])
+    assert "cuda 1.800 (missed), triton 1.800 " in told[0] and told[-1] == "0 of 1 goals reached"
+
+
+def test_the_most_wanted_is_measured_first_and_all_that_is_timed_is_alone(monkeypatch):
+    monkeypatch.setattr(speed, "ours", lambda *about: ["cuda", "triton"])
+    items = speed.cases(Setting())
+    timed = [item for item in items if not item.arguments.get("compile_only")]
+    assert timed[0].id.startswith("depthwise_conv2d-k7-256x768x16x16-bfloat16")
+    goals_left = {(g.operator, g.shape, g.layout, g.variant) for g in goals.GOALS}
+    for item in timed[: len(goals_left) + 2]:
+        a = item.arguments
+        goals_left.discard((a["operator"], a["shape"], a["layout"], a["variant"]))
+    assert not goals_left
+    made = [item for item in items if item.arguments.get("compile_only")]
+    assert [item.id for item in made] == [f"compile: {item.id}" for item in timed[: len(made)]]
+    assert not any(item.alone for item in made) and all(item.arguments["without"] == ["cuda"] for item in made)
+    assert [a["without"] for a in timed[0].instead] == [["cuda"], ["triton"], ["cuda", "triton"]]
+
+
+def test_a_benchmark_that_cannot_be_imported_is_one_case_and_not_the_end(monkeypatch):
+    real = speed.importlib.import_module
+
+    def broken(name, *rest):
+        if name == "bench.test_encoder":
+            raise ModuleNotFoundError("No module named 'pydantic'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(speed.importlib, "import_module", broken)
+    items = speed.cases(REHEARSAL)
+    assert "encoder" not in {item.arguments["operator"] for item in items} and len(items) > 5
+    absent = [item for item in items if item.id == "cases of bench.test_encoder"]
+    with pytest.raises(Unavailable, match="pydantic"):
+        speed.run(REHEARSAL, **absent[0].arguments)
+
+
+def test_compiling_beforehand_measures_nothing():
+    made = speed.run(REHEARSAL, "kelu", [2, 8, 4, 4], "float32", "contiguous", 0, compile_only=True)
+    assert made == {"rows": [], "not_timed": []}
+
+
+def test_a_backend_that_crashes_can_be_left_out():
+    rows = speed.run(REHEARSAL, "kelu", [2, 8, 4, 4], "float32", "contiguous", 0, without=["cpu"])["rows"]
+    assert rows and not any(r["kind"] == "ours" for r in rows)
+
+
+def test_a_wrong_form_of_the_model_does_not_take_the_others_with_it(monkeypatch):
+    from bench.train_throughput import measure
+
+    asked = []
+
+    def measured(preset, activation, *, wanted, **rest):
+        asked.append(wanted)
+        if "fused" in wanted:
+            raise ValueError("fused: its logits are off by 1e+00 of the largest, allowed is 5e-02")
+        return [measure.Result(form, seconds=[1.0, 1.0], memory=1, flops=1, error=0.0) for form in wanted]
+
+    monkeypatch.setattr(measure, "run", measured)
+    with pytest.raises(Failure, match="fused: its logits are off") as failure:
+        throughput.run(REHEARSAL, "tiny", "kelu", "as they are")
+    assert asked == [("original", "eager", "fused"), ("original", "eager")]
+    assert [form["form"] for form in failure.value.result["forms"]] == ["original", "eager"]
+    check(failure.value.result, throughput.RESULT)
 
 
 def speed_of_kelu(setting=REHEARSAL):

@@ -17,6 +17,7 @@ from bench.gpu import pool, runner
 from bench.gpu.part import Setting, all_parts
 from bench.gpu.schema import SchemaError, check
 from bench.gpu.store import FILE, RECORD, WARNING, Store, StoreError, code_fingerprint, load
+from sdp_kernels.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = {"gpu": {"name": "Some GPU"}}
@@ -34,10 +35,11 @@ def bench(tmp_path, monkeypatch):
         def open(self, *, rehearsal=False, environment=GPU, code="c0de", fresh=False) -> Store:
             return Store(tmp_path, "gpu_toy", rehearsal=rehearsal, environment=environment, code=code, fresh=fresh)
 
-        def run(self, names, *, seconds=60.0, retry=False, part=toy, **how) -> runner.Outcome:
+        def run(self, names, *, seconds=60.0, retry=False, only="", part=toy, **how) -> runner.Outcome:
             monkeypatch.setenv("SDP_TOY_CASES", names)
-            deadline = runner.Deadline.after(seconds)
-            return runner.run_part(part, self.open(**how), Setting(), deadline, retry=retry, say=lambda line: None)
+            deadline, store = runner.Deadline.after(seconds), self.open(**how)
+            quietly = {"say": lambda line: None}
+            return runner.run_part(part, store, Setting(), deadline, retry=retry, only=only, **quietly)
 
         def records(self) -> dict[str, dict]:
             return {record["id"]: record for record in load(self.path)["records"]}
@@ -80,6 +82,42 @@ def test_a_fault_of_the_gpu_costs_the_process_and_an_ordinary_error_does_not(ben
     bench.run("good-1,raises-1,good-2,faults-1,good-3")
     pids = {name: record["result"] for name, record in bench.records().items() if record["result"]}
     assert pids["good-1"] == pids["good-2"] != pids["good-3"]
+
+
+def test_a_group_that_only_crashes_is_left_out_and_the_others_go_on(bench, monkeypatch):
+    monkeypatch.setattr(runner, "PATIENCE", 2 * runner.LOSS)
+    bench.run("dies-1,good-1,dies-2,dies-3,faults-1,good-2,fails-1,fails-2,fails-3")
+    records = bench.records()
+    assert [records[f"dies-{i}"]["status"] for i in (1, 2, 3)] == ["crashed", "crashed", "unavailable"]
+    assert "left out: dies: crashes and hangs took 20 s, the last one in dies-2" in records["dies-3"]["error"]
+    assert records["faults-1"]["status"] == "error" and records["good-2"]["status"] == "ok"
+    assert {records[f"fails-{i}"]["status"] for i in (1, 2, 3)} == {"failed"}  # which costs no process
+    ran = len(bench.log())
+    bench.run("dies-1,good-1,dies-2,dies-3,faults-1,good-2,fails-1,fails-2,fails-3")
+    assert len(bench.log()) == ran  # what the file tells of the group still holds
+    bench.run("dies-1,dies-2,dies-3", retry=True)
+    assert bench.log()[ran:] == ["dies-1", "dies-2"]
+
+
+def test_what_crashes_is_taken_out_and_the_rest_of_the_case_counts(bench):
+    outcome = bench.run("parts-1,parts-dies")
+    records = bench.records()
+    assert records["parts-1"]["status"] == "ok" and bench.log() == ["parts-1", "parts-dies", "parts-dies", "parts-dies"]
+    assert records["parts-dies"]["status"] == "failed" and records["parts-dies"]["result"]["value"] == 2.0
+    assert "a part of it had to be left out: the process ended with SIGABRT" in records["parts-dies"]["error"]
+    assert not outcome.well and load(bench.path)["summary"]["good"] == ["parts-1"]
+
+
+def test_the_result_of_a_failed_case_counts_where_the_part_says_so(bench, monkeypatch):
+    monkeypatch.setattr(toy, "PARTIAL", True, raising=False)
+    bench.run("parts-dies,good-1,fails-1,raises-1")
+    assert load(bench.path)["summary"]["good"] == ["fails-1", "good-1", "parts-dies"]
+
+
+def test_only_the_cases_named_are_run_and_the_others_stay_planned(bench):
+    outcome = bench.run("good-1,good-2,fails-1", only="good 2")
+    assert bench.log() == ["good-2"] and not outcome.complete and "2 to go" in outcome.line()
+    assert bench.run("good-1,good-2,fails-1").complete and bench.log() == ["good-2", "good-1", "fails-1"]
 
 
 def test_an_interrupted_part_resumes_where_it_stopped(bench, monkeypatch, tmp_path):
@@ -239,4 +277,12 @@ def test_every_part_keeps_the_agreement():
     for name, part in parts.items():
         assert part.TITLE and 0 < part.BUDGET < 480, name
         assert callable(part.cases) and callable(part.run) and part.RESULT, name
-        assert getattr(part, "PARALLEL", 1) == 1 or name in ("correctness", "sanitizer"), f"{name} is timed"
+
+
+@pytest.mark.parametrize("name", ["environment", "speed", "throughput", "configurations"])
+def test_what_is_timed_is_timed_alone(name, monkeypatch):
+    part = all_parts()[name]
+    monkeypatch.setattr(BACKENDS["triton"], "absent", None)
+    cases = [case for variant in ("plain", "interpreter") for case in part.cases(Setting(True, variant))]
+    timed = [case for case in cases if not case.arguments.get("compile_only")]
+    assert timed and (getattr(part, "PARALLEL", 1) == 1 or all(case.alone for case in timed))

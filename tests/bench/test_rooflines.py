@@ -26,22 +26,24 @@ def test_a_document_without_a_marker_is_refused():
 
 
 def test_memory_floors_are_those_of_the_goals():
-    """Which bench.gpu judges by, worked out on paper."""
+    """Which bench.gpu judges by, worked out on paper; around matrix products the whole floor."""
+
+    def judged(b: rooflines.Bound) -> float:
+        return b.floor(rooflines.H200) if b.hidden else b.seconds(rooflines.H200)["memory"]
+
     known = {
-        (b.case.operator, b.case.shape, b.case.layout, b.case.which, b.case.variant): b.seconds(rooflines.H200)[
-            "memory"
-        ]
+        (b.case.operator, b.case.shape, b.case.layout, b.case.which, b.case.variant): judged(b)
         for b in rooflines.bounds()
         if b.alone
     }
     goals = {(g.operator, g.shape, g.layout, g.which, g.variant): g for g in GOALS}
     common = goals.keys() & known.keys()
-    assert len(common) >= 10
+    assert len(common) >= 14
     for key in common:
         assert known[key] * 1e6 == pytest.approx(goals[key].paper, rel=0.01), key
         fitting = [b for b in rooflines.bounds() if b.alone and b.case.which == key[3] and b.case.variant == key[4]]
         fitting = [b for b in fitting if (b.case.operator, b.case.shape, b.case.layout) == key[:3]]
-        assert any(float(b.goal) == goals[key].bound for b in fitting), key
+        assert any(float(b.goal.split()[0]) == goals[key].bound for b in fitting), key
 
 
 def test_floors_by_hand():

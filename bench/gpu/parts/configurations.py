@@ -37,6 +37,7 @@ RESULT = {
     "best": CONSTANTS,
     "best_seconds": float,
     "tried": [TRIED],
+    "compiled_only?": bool,
 }
 LIMITS = {"warps": (1, 32), "blocks": (32, 4096), "pixels": (1, 512), "ahead": (0, 1)}
 LIMITS |= {"gemm": (0, 1), "parts": (1, 2), "stages": (1, 8), "group": (1, 64)}
@@ -47,6 +48,10 @@ BETTER = 0.98
 """A candidate must take at most this share of the best time so far."""
 MOST = 12
 """Evaluations per entry; each compiles."""
+PARALLEL = 8
+"""Of what compiles; whatever is timed is alone."""
+FOUND: dict[str, dict[str, int]] = {}
+"""Entry → what this process found to be best: the vendor's GEMM is compared with the best of ours."""
 
 
 def cases(setting: Setting) -> list[Item]:
@@ -57,18 +62,32 @@ def cases(setting: Setting) -> list[Item]:
     if reason or not COMMITTED.exists():
         return [Item("triton", {"entry": "", "reason": reason or "there is no committed table"})]
     entries = table(capability(setting))
-    ordered = sorted(entries, key=lambda e: (not _used(e), e.rpartition("/")[2], e))
+    ordered = sorted(entries, key=lambda e: (_urgency(e), e.rpartition("/")[2], e))
     if setting.rehearsal:
         ordered = ["kelu/forward/dense/16bit", "layer_norm_2d/backward/rows/16/32bit"]
-        ordered += ["depthwise_conv2d/backward/normed rows/k3/16bit"]
-    return [Item(f"triton: {entry}", {"entry": entry}, 150, setting.variant) for entry in ordered if entry in entries]
+        ordered += ["linear/form/forward/square/16bit"]
+    ordered = [entry for entry in ordered if entry in entries]
+    found = [Item(f"triton: {entry}", {"entry": entry}, 150, setting.variant, alone=True) for entry in ordered]
+    early = ordered[:1] if setting.rehearsal else [e for e in ordered if _urgency(e) < LATER]
+    made = [Item(f"compile: {entry}", {"entry": entry, "compile_only": True}, 150, setting.variant) for entry in early]
+    return [*made, *found]
 
 
-def _used(entry: str) -> bool:
-    """By the models, which have 384, 768 and 1024 channels; these entries are searched first."""
+LATER = 3
+
+
+def _urgency(entry: str) -> int:
+    """Of the models' entries (768 channels of 16 bits, heads of 64 and 96, k = 7): first matrix products and what
+    chooses between ours and the vendor's, then attention and convolution, then the rest. Others come ``LATER``."""
     parts = entry.split("/")
-    seven = "k7" in parts and "columns" not in parts
-    return seven or bool({"dense", "512", "1024"} & set(parts)) or parts[1:3] == ["add_partials", "narrow"]
+    if parts[-1] != "16bit" or any(part.startswith("odd") for part in parts):
+        return LATER
+    if parts[0] == "linear" and (parts[1] == "form" or parts[2] == "descriptors"):
+        return 1 if parts[1] == "form" else 0
+    if parts[0] == "register_attention" and parts[2] in ("d64", "d96"):
+        return 2
+    rows = {"rows", "normed rows"} & set(parts)
+    return 2 if rows and ("k7" in parts or "1024" in parts) else 2 if parts[:2] == ["linear", "forward"] else LATER
 
 
 class Watched(dict):
@@ -150,8 +169,9 @@ def climb(start: dict[str, int], seconds_of: Callable[[dict[str, int]], float | 
         best, best_seconds = found
 
 
-def run(setting: Setting, entry: str, reason: str = "") -> dict:
-    """Search one entry. The table of this process is edited for it and put back."""
+def run(setting: Setting, entry: str, reason: str = "", compile_only: bool = False) -> dict:
+    """Search one entry, or only run what the search begins with, for the compiler's cache on the disk. The table of
+    this process is edited for it and put back."""
     if not entry:
         raise Unavailable(reason)
     constants = table(capability(setting))
@@ -160,9 +180,13 @@ def run(setting: Setting, entry: str, reason: str = "") -> dict:
         load = workload(entry, setting.device, tiny=setting.rehearsal)
     except NoWorkloadError as error:
         raise Unavailable(str(error)) from None
+    if compile_only:
+        return _compiled(setting, load, constants, entry)
     sets = [load.make(100 * i) for i in range(2 if setting.rehearsal else SETS)]
     if not is_used(load, sets[0], constants, entry):
         raise Unavailable("its workload does not use it: bench/gpu/workloads.py and the kernel's host code differ")
+    others = {name: constants[name] for name in FOUND if "/form/" in entry}
+    constants |= {name: FOUND[name] for name in others}
     wanted = load.call(*sets[0])
     tried: list[dict] = []
 
@@ -191,6 +215,8 @@ def run(setting: Setting, entry: str, reason: str = "") -> dict:
                 best, best_seconds = committed, committed_seconds
     finally:
         constants[entry] = committed
+        constants |= others
+    FOUND[entry] = best
     return {
         "capability": capability(setting),
         "entry": entry,
@@ -200,6 +226,28 @@ def run(setting: Setting, entry: str, reason: str = "") -> dict:
         "best_seconds": best_seconds,
         "tried": tried,
     }
+
+
+def _compiled(setting: Setting, load: Workload, constants: dict, entry: str) -> dict:
+    """As a search's result without times."""
+    committed, tensors = dict(constants[entry]), load.make(0)
+    tried: list[dict] = []
+    try:
+        for candidate in [committed, *neighbours(committed)][: 2 if setting.rehearsal else MOST]:
+            constants[entry] = candidate
+            found: dict = {"constants": candidate, "seconds": None, "reason": None}
+            tried.append(found)
+            try:
+                load.call(*tensors)
+                machine.synchronise(setting)
+            except Exception as error:  # as in a search
+                if "CUDA error" in str(error) or "illegal" in str(error):
+                    raise
+                found["reason"] = f"{type(error).__name__}: {str(error)[:150]}"
+    finally:
+        constants[entry] = committed
+    told = {"capability": capability(setting), "entry": entry, "committed": committed, "best": committed}
+    return told | {"committed_seconds": 0.0, "best_seconds": 0.0, "tried": tried, "compiled_only": True}
 
 
 def _duel(setting: Setting, load, sets, constants: dict, entry: str, a: dict, b: dict) -> tuple[float, float]:
@@ -236,7 +284,8 @@ def as_text(found: dict) -> str:
 
 
 def _good(file: dict) -> list[dict]:
-    return [record["result"] for record in file["records"] if record["status"] == "ok"]
+    found = [record["result"] for record in file["records"] if record["status"] == "ok"]
+    return [row for row in found if not row.get("compiled_only")]
 
 
 def files(file: dict, setting: Setting) -> dict[str, str]:
@@ -257,8 +306,9 @@ def write(file: dict, path: Path = COMMITTED) -> str:
 
 
 def summary(results: dict[str, dict], setting: Setting) -> dict:
-    faster = [row for row in results.values() if row["best"] != row["committed"]]
-    lines = [f"{len(results)} entries searched, {len(faster)} can be faster"]
+    searched = [row for row in results.values() if not row.get("compiled_only")]
+    faster = [row for row in searched if row["best"] != row["committed"]]
+    lines = [f"{len(searched)} entries searched, {len(faster)} can be faster"]
     for row in sorted(faster, key=lambda row: row["best_seconds"] / row["committed_seconds"])[:10]:
         share = row["best_seconds"] / row["committed_seconds"]
         lines.append(f"{row['entry']}: {row['committed']} → {row['best']}, {share:.2f} of the time")

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 
 from bench.baselines import kelu_where
-from bench.gpu import grid, large, machine
+from bench.gpu import blocks, captured_step, grid, large, machine
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Item, Setting, Unavailable
-from bench.gpu.subjects import SUBJECTS, Problem, alike, backends, differentiate, gradients_for, missing
+from bench.gpu.problem import Problem, Surroundings
+from bench.gpu.subjects import EVERYTHING, SUBJECTS, alike, backends, differentiate, gradients_for, missing
 
 ORDER = 20
 TITLE = "every operator, dtype, layout and backend against fp64; determinism; > 2³¹ elements; compile; CUDA graphs"
 BUDGET = 460
-PARALLEL = 8
+PARALLEL = 15
 WORST = {"tensor": str, "error": float, "torch_error": float, "allowed": float}
 WHAT = dict.fromkeys(("kind", "operator", "backend", "dtype", "layout"), str)
 RESULT = {**WHAT, "worst": (None, WORST), "note": (None, str)}
-KINDS = ("values", "rounding", "equal bits", "compile", "graph", "far", "large")
 
 
 def cases(setting: Setting) -> list[Item]:
-    """The kinds that take longest at the end; those that need the whole memory without company."""
+    """All operators in turns, so that whenever time is up each was tried; what has to be compiled after what has not
+    (Triton's kernels make over a thousand variants), the types that nobody trains in last, and what needs the whole
+    memory without company."""
     found = []
     for operator in SUBJECTS:
         here = backends(setting, operator)
@@ -38,29 +41,57 @@ def cases(setting: Setting) -> list[Item]:
                 found += [_item("rounding", Problem("kelu", (1,), dtype), backend, setting) for dtype in dtypes]
             found += [_item("large", problem, backend, setting) for problem in large.problems(operator, setting)]
             found += [_item("far", problem, backend, setting) for problem in large.far(operator, setting)]
-        if not setting.rehearsal:
-            found += [
-                Item(f"{operator} on {name}", {"kind": "missing", "problem": {}, "backend": why})
-                for name, why in missing(setting, operator).items()
-            ]
-    return sorted(found, key=lambda item: _place(item.arguments["kind"]))
+    for name in blocks.NAMES if setting.variant == "plain" else ():
+        for backend in backends(setting, name):
+            problems = blocks.tiny(name) if setting.rehearsal else blocks.problems(name)
+            found += [_item("values", problem, backend, setting) for problem in problems]
+            repeated = [] if setting.rehearsal else blocks.repeatable(name)
+            found += [_item(kind, p, backend, setting) for p in repeated for kind in ("equal bits", "compile", "graph")]
+    if setting.variant == "plain":
+        arguments = {"kind": "captured step", "problem": {}, "backend": "the automatic choice"}
+        found.append(Item("captured step: SdP-Net", arguments, 200.0))
+    if not setting.rehearsal:
+        found += [
+            Item(f"{name} on {backend}", {"kind": "missing", "problem": {}, "backend": why})
+            for name in EVERYTHING
+            for backend, why in missing(setting, name).items()
+        ]
+    return _in_turns(found)
 
 
-def _place(kind: str) -> int:
-    return KINDS.index(kind) if kind in KINDS else 0
+def _in_turns(items: list[Item]) -> list[Item]:
+    """Place after place, within a place the first of every group, then the second."""
+    turns: Counter[str] = Counter()
+    placed = []
+    for item in items:
+        placed.append((_place(**item.arguments), turns[item.group], item))
+        turns[item.group] += 1
+    return [item for *_, item in sorted(placed, key=lambda place: place[:2])]
+
+
+def _place(kind: str, problem: dict, backend: str) -> int:
+    if kind in ("values", "rounding") and backend == "triton":
+        return {"bfloat16": 1, "float32": 3, "float16": 5}[problem["dtype"]]
+    return {"graph": 2, "equal bits": 2, "captured step": 2, "compile": 4, "far": 6, "large": 7}.get(kind, 0)
 
 
 def _item(kind: str, problem: Problem, backend: str, setting: Setting) -> Item:
     arguments = {"kind": kind, "problem": problem.json(), "backend": backend}
-    timeout = {"large": 300.0, "compile": 240.0}.get(kind, 120.0)
-    alone = kind in ("large", "far")
-    return Item(f"{kind}: {problem.name} {backend}", arguments, timeout, setting.variant, alone=alone)
+    timeout = {"large": 300.0, "compile": 240.0}.get(kind, 90.0)
+    name, alone = f"{kind}: {problem.name} {backend}", kind in ("large", "far")
+    group = f"{problem.operator} {problem.dtype} {kind} on {backend}"
+    return Item(name, arguments, timeout, setting.variant, alone=alone, group=group)
 
 
 def run(setting: Setting, kind: str, problem: dict, backend: str) -> dict:
     """One case; Failure where something is off."""
     if kind == "missing":
         raise Unavailable(backend)
+    torch.backends.cudnn.allow_tf32 = False  # else what is allowed in fp32 is what TF32 gets wrong
+    if kind == "captured step":
+        note = captured_step.run(setting)
+        told = {"kind": kind, "operator": "SdP-Net", "backend": backend, "dtype": "bfloat16", "layout": "tokens"}
+        return told | {"worst": None, "note": note}
     solved = Problem.of(problem)
     check = {
         "values": values,
@@ -99,15 +130,20 @@ def poisoned() -> Iterator[None]:
 
 
 def _ours(problem: Problem, backend: str, inputs, grads):
-    return differentiate(lambda *t: SUBJECTS[problem.operator].ours(problem, backend, *t), inputs, grads)
+    return differentiate(lambda *t: EVERYTHING[problem.operator].ours(problem, backend, *t), inputs, grads)
 
 
 def values(setting: Setting, problem: Problem, backend: str):
-    """Outputs and all gradients against fp64."""
-    subject = SUBJECTS[problem.operator]
+    """Outputs and all gradients against fp64; what lies around and between the inputs is NaN, before and after."""
+    subject = EVERYTHING[problem.operator]
     inputs, grads = subject.inputs(problem, setting.device), gradients_for(problem, setting.device)
+    around = [Surroundings(t) for t in (*inputs, *grads)]
+    inputs, grads = ([s.tensor for s in part] for part in (around[: len(inputs)], around[len(inputs) :]))
     with poisoned():
         outputs, gradients = _ours(problem, backend, inputs, grads)
+    for i, surroundings in enumerate(around):
+        if not surroundings.untouched():
+            raise Failure(f"memory around or in input {i} was written")
 
     def plain(*tensors):
         return subject.plain(problem, *tensors)
@@ -151,7 +187,7 @@ def rounding(setting: Setting, problem: Problem, backend: str):
 
 def equal_bits(setting: Setting, problem: Problem, backend: str):
     """Run to run; and outputs and dx of some samples alone, which may not depend on the others."""
-    subject = SUBJECTS[problem.operator]
+    subject = EVERYTHING[problem.operator]
     inputs, grads = subject.inputs(problem, setting.device), gradients_for(problem, setting.device)
     first = _ours(problem, backend, inputs, grads)
     for _ in range(2 if setting.rehearsal else 10):
@@ -172,7 +208,7 @@ def equal_bits(setting: Setting, problem: Problem, backend: str):
 
 def compiled(setting: Setting, problem: Problem, backend: str):
     """torch.compile(fullgraph=True), both passes: the bits of eager mode."""
-    subject = SUBJECTS[problem.operator]
+    subject = EVERYTHING[problem.operator]
     inputs, grads = subject.inputs(problem, setting.device), gradients_for(problem, setting.device)
     eager = _ours(problem, backend, inputs, grads)
     torch._dynamo.reset()
@@ -188,7 +224,7 @@ def compiled(setting: Setting, problem: Problem, backend: str):
 
 def graph(setting: Setting, problem: Problem, backend: str):
     """One step captured and replayed on other values: the bits of eager mode on those values."""
-    subject = SUBJECTS[problem.operator]
+    subject = EVERYTHING[problem.operator]
     inputs, grads = subject.inputs(problem, setting.device), gradients_for(problem, setting.device)
     leaves = [t.detach().requires_grad_() for t in inputs]
 

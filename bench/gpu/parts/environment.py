@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import sdp_kernels.info
 from bench.gpu import machine
@@ -42,16 +43,19 @@ def cases(setting: Setting) -> list[Item]:
         Item("machine", {"what": "machine"}, timeout=60),
         Item("copy", {"what": "copy"}, timeout=60),
         Item("gemm", {"what": "gemm"}, timeout=60),
+        Item("PyTorch's depthwise convolution", {"what": "depthwise"}, timeout=90),
     ]
 
 
 def run(setting: Setting, what: str) -> dict:
-    return {"build": build, "machine": describe, "copy": copy, "gemm": gemm}[what](setting)
+    return {"build": build, "machine": describe, "copy": copy, "gemm": gemm, "depthwise": depthwise}[what](setting)
 
 
 def build(setting: Setting) -> dict:
     """The documented command for a machine without network. A rehearsal asks pip for its version only."""
     command = ["install", "--no-build-isolation", "--no-deps", "-e", "."]
+    if setting.prebuilt and LIBRARIES["cuda"].reason is None:
+        return {"command": "none, the library was brought along", "seconds": 0.0, "left_out": {}}
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "pip", *(["--version"] if setting.rehearsal else command)],
@@ -155,6 +159,28 @@ def gemm(setting: Setting) -> dict:
     return {"flops_per_second": rates}
 
 
+def depthwise(setting: Setting) -> dict:
+    """Seconds of PyTorch's own 7×7 depthwise convolution, bf16, each of its three passes alone, in both layouts."""
+    shape = (2, 8, 8, 8) if setting.rehearsal else (256, 768, 16, 16)
+    c, found = shape[1], {}
+    weight = torch.randn(c, 1, 7, 7, device=setting.device).bfloat16()
+    for layout, form in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        x, dy = (torch.randn(shape, device=setting.device).bfloat16().contiguous(memory_format=form) for _ in range(2))
+
+        def back(*wanted: bool, x=x, dy=dy):
+            options = (None, [1, 1], [3, 3], [1, 1], False, [0, 0], c)
+            return torch.ops.aten.convolution_backward(dy, x, weight, *options, wanted)
+
+        passes = {
+            "forward": lambda x=x: F.conv2d(x, weight, padding=3, groups=c),
+            "dgrad": lambda back=back: back(True, False, False),
+            "wgrad": lambda back=back: back(False, True, False),
+        }
+        for name, call in passes.items():
+            found[f"{layout} {name}"] = _median(setting, call, 10)
+    return {"seconds": found, "bytes": 4 * x.numel()}
+
+
 def summary(results: dict[str, dict], setting: Setting) -> dict:
     """The facts that later parts use: both rates."""
     found: dict = {"lines": []}
@@ -168,4 +194,9 @@ def summary(results: dict[str, dict], setting: Setting) -> dict:
         rates = results["gemm"]["flops_per_second"]
         found["gemm_flops_per_second"] = max(rates.values())
         found["lines"] += [f"bf16 GEMM {name}: {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()]
+    own = next((result for result in results.values() if "seconds" in result and "bytes" in result), None)
+    if own and "copy" in results:
+        least = own["bytes"] / found["copy_bytes_per_second"]
+        told = [f"{name} {1e6 * s:.0f} µs, {s / least:.1f} × a copy" for name, s in own["seconds"].items()]
+        found["lines"].append("PyTorch's 7×7 depthwise: " + "; ".join(told))
     return found

@@ -20,7 +20,7 @@ from bench.gpu.worker import ROOT, scrubbed
 ORDER = 30
 TITLE = "compute-sanitizer: memcheck, racecheck, synccheck over every operator's kernels"
 BUDGET = 460
-PARALLEL = 3
+PARALLEL = 6
 RESULT = {"tool": str, "operator": str, "backend": str, "errors": int, "seconds": float, "sanitizer": str}
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TIMEOUT = 240.0

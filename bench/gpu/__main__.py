@@ -31,6 +31,7 @@ def _arguments(arguments: list[str] | None, known: list[str]) -> argparse.Namesp
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no case later")
     parser.add_argument("--rehearse", action="store_true", help="the same code on a CPU: tiny shapes, made-up times")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all these words in their name")
+    parser.add_argument("--brief", action="store_true", help="say nothing of cases that end well")
     parser.add_argument("--prebuilt", action="store_true", help="use the libraries that are there, if they load")
     parser.add_argument("--retry", action="store_true", help="do again what failed, crashed or timed out before")
     parser.add_argument("--fresh", action="store_true", help="do everything again")
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace, parts: dict, out: Path, crew: Crew) -> int:
         _say(f"{name}: {part.TITLE}")
         setting = replace(setting, facts=_facts(out, options.rehearse))
         shared = crew if options.rehearse else None
-        how = {"retry": options.retry, "only": options.only, "crew": shared, "say": _say}
+        how = {"retry": options.retry, "only": options.only, "brief": options.brief, "crew": shared, "say": _say}
         outcomes.append(run_part(part, store, setting, deadline, **how))
         if store.path.exists():
             _conclude(part, store, setting, out, options.write)

@@ -4,6 +4,7 @@ that one kernel writes and the next reads) is tested here, against the same bloc
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def _problems(name: str, dtype: str, large: bool) -> list[Problem]:
 
 def problems(name: str) -> list[Problem]:
     """In the dtypes of training; the large ones in bf16, as they are used."""
-    return [p for dtype in ("float32", "bfloat16", "float16") for p in _problems(name, dtype, dtype == "bfloat16")]
+    found = [p for dtype in ("float32", "bfloat16", "float16") for p in _problems(name, dtype, dtype == "bfloat16")]
+    large = [p for p in found if p.dtype == "bfloat16"][-1:]
+    return [*found, *(replace(p, own_gemm=True) for p in (found[0], *large) if name != "sdpnet_block")]
 
 
 def tiny(name: str) -> list[Problem]:

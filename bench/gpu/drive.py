@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 
 from .grid import EPILOGUES
-from .subjects import LAYOUTS, SUBJECTS, Problem, differentiate, normal
+from .problem import LAYOUTS, Problem, normal
+from .subjects import OWN_GEMM, SUBJECTS, choice_of_gemm, differentiate
 
 CONTROL = "control"
 
@@ -52,7 +54,10 @@ def problems(operator: str) -> list[Problem]:
 
 def drive(operator: str, backend: str, device: str) -> int:
     """Run them all; the number of problems run."""
-    for problem in problems(operator):
+    found = problems(operator)
+    if operator == "linear" and backend in OWN_GEMM:
+        found += [replace(problem, own_gemm=True) for problem in found]
+    for problem in found:
         subject = SUBJECTS[operator]
         inputs = subject.inputs(problem, "cpu")
         grads = [normal(problem, problem.shape, 10 + i, "cpu") for i in range(2 if problem.residual else 1)]
@@ -61,8 +66,9 @@ def drive(operator: str, backend: str, device: str) -> int:
         if problem.layout == "gaps":  # whose strides a copy between devices does not keep
             moved[0] = lay(moved[0])
         moved_grads = [g.to(device) for g in grads]
-        differentiate(lambda *t, p=problem, s=subject: s.ours(p, backend, *t), moved, moved_grads)
-    return len(problems(operator))
+        with choice_of_gemm(problem, backend):
+            differentiate(lambda *t, p=problem, s=subject: s.ours(p, backend, *t), moved, moved_grads)
+    return len(found)
 
 
 def control(device: str) -> None:

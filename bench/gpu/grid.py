@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 
 from sdp_kernels import ACTIVATIONS
@@ -86,6 +87,9 @@ def _linear(dtype: str) -> list[Problem]:
     found += [p(3, 21, c, grad=g, epilogue=e) for c in (40, 33) for g in GRADS for e in EPILOGUES[:2]]
     found += [p(3, 8, 7, 7, epilogue=EPILOGUES[1]), p(5, 3, 1, 1, epilogue="gelu"), p(4, 96, epilogue="kelu scale")]
     found += [p(8, 261, c, registers=5, epilogue=e) for c in (384, 768) for e in EPILOGUES]
+    own = [p(3, 21, c, registers=r, epilogue=e, own_gemm=True) for c in (40, 33) for r in (0, 5) for e in EPILOGUES]
+    own += [p(3, 21, 40, layout=n, epilogue=EPILOGUES[1], own_gemm=True) for n in ("gaps", "slice", "swapped")]
+    found += [*own, *(p(8, 261, 768, registers=5, epilogue=e, own_gemm=True) for e in EPILOGUES)]
     found += [p(0, 9, 8, epilogue="gelu"), p(2, 0, 8, epilogue="gelu")]
     if dtype != "float32":
         found += [p(3, 21, 40, registers=5, wide_parameters=True, epilogue=e) for e in EPILOGUES[1:3]]
@@ -137,6 +141,7 @@ def tiny(operator: str) -> list[Problem]:
         "linear": [
             Problem("linear", (2, 6, 8), "bfloat16", registers=2, epilogue="kelu scale residual masks"),
             Problem("linear", (2, 3, 5), "float32", grad="swapped", epilogue="gelu"),
+            Problem("linear", (2, 6, 8), "bfloat16", registers=2, epilogue="gelu scale residual", own_gemm=True),
         ],
     }
     shapes["register_attention"] = [
@@ -151,7 +156,8 @@ def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
     kernel = {"kernel": 3 if rehearsal else 7} if operator == "depthwise_conv2d" else {}
     if operator == "linear":
         shape, dtype = ((3, 6, 8), "float32") if rehearsal else ((8, 261, 384), "bfloat16")
-        return [Problem(operator, shape, dtype, registers=2, epilogue=e) for e in EPILOGUES[:2]]
+        found = [Problem(operator, shape, dtype, registers=2, epilogue=e) for e in EPILOGUES[:2]]
+        return [*found, *(replace(p, own_gemm=True) for p in found[1:] if not rehearsal)]
     if operator == "register_attention":
         shape, dtype = ((3, 6, 16), "float32") if rehearsal else ((8, 261, 768), "bfloat16")
         return [Problem(operator, shape, dtype, registers=2, kernel=d) for d in ((8,) if rehearsal else (64, 96))]

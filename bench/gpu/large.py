@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from . import machine
@@ -23,7 +25,8 @@ def problems(operator: str, setting: Setting) -> list[Problem]:
     batch = machine.LARGE[setting.rehearsal] // torch.Size(sample).numel() + 2
     layouts = ("contiguous", "channels_last") if pictures and operator != "kelu" else ("contiguous",)
     more = {"epilogue": "kelu"} if operator == "linear" else _kernel(operator, setting)
-    return [Problem(operator, (batch, *sample), "bfloat16", layout, **more) for layout in layouts]
+    found = [Problem(operator, (batch, *sample), "bfloat16", layout, **more) for layout in layouts]
+    return [*found, *(replace(p, own_gemm=True) for p in found if operator == "linear" and not setting.rehearsal)]
 
 
 def _kernel(operator: str, setting: Setting) -> dict[str, int]:

@@ -31,11 +31,13 @@ class Problem:
     normed: bool = False
     """depthwise_conv2d normalises x as it loads it."""
     epilogue: str = ""
+    own_gemm: bool = False
+    """Matrix products in the backend's own kernels, whatever its table says of them."""
 
     @property
     def name(self) -> str:
         extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
-        extra += ["normed"] * self.normed
+        extra += ["normed"] * self.normed + ["own GEMM"] * self.own_gemm
         extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
         extra += [self.epilogue] * bool(self.epilogue)
         extra += [f"gradient {self.grad}"] * (self.grad != "like y")

@@ -17,6 +17,9 @@ from .worker import tells_of_fault
 
 LOSS = 10.0
 """Seconds that a lost process costs at least: its successor has to start."""
+WELL = "  ok "
+GRACE = 30.0
+"""Seconds that a case which was begun in time may go on for after that; then it is ended and left to the next run."""
 PATIENCE = 100.0
 """Seconds that a group's cases may cost by losing their process; what is left of the group is left out then."""
 
@@ -37,6 +40,11 @@ class Deadline:
     @property
     def over(self) -> bool:
         return time.monotonic() >= self.end
+
+    @property
+    def left(self) -> float:
+        """Seconds that a case which is begun now may take."""
+        return max(0.0, self.end - time.monotonic()) + GRACE
 
 
 @dataclass
@@ -65,6 +73,23 @@ class Outcome:
         rest = self.planned - sum(self.counts.values())
         more = f"; {rest} to go, run it again" if rest else ""
         return f"{self.part}: {self.trouble or counted + more} ({self.new} new in {self.seconds:.0f} s)"
+
+
+MOST_TOLD = 12
+
+
+def digest(records: list[dict], items: list[Item]) -> list[str]:
+    """What did not end well, a line for each group and status: how many, and the first of them with its reason."""
+    groups = {item.id: item.group or item.id for item in items}
+    bad: dict[tuple[str, str], list[dict]] = {}
+    for record in records:
+        if record["status"] not in ("ok", "unavailable"):
+            bad.setdefault((groups.get(record["id"], record["id"]), record["status"]), []).append(record)
+    told = [
+        f"{len(few)} × {status} in {group}: {few[0]['id']}{_reason(few[0])}" for (group, status), few in bad.items()
+    ]
+    more = [f"and {len(told) - MOST_TOLD} more such groups"] if len(told) > MOST_TOLD else []
+    return [*told[:MOST_TOLD], *more]
 
 
 class Losses:
@@ -108,15 +133,18 @@ def list_cases(part: ModuleType, setting: Setting, crew: Crew) -> list[Item]:
     return items
 
 
-def run_item(part: ModuleType, item: Item, setting: Setting, crew: Crew) -> dict:
-    """The record of one case; failed, with what the rest found, where it only got through without a part of it."""
+def run_item(part: ModuleType, item: Item, setting: Setting, crew: Crew, deadline: Deadline) -> dict | None:
+    """The record of one case; failed, with what the rest found, where it only got through without a part of it. None
+    where there was no time for it."""
     start, lost = time.monotonic(), None
-    reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), item.arguments, item.timeout)
-    for arguments in item.instead:
+    for arguments in (item.arguments, *item.instead):
+        timeout = min(item.timeout, deadline.left)
+        reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), arguments, timeout)
+        if reply["status"] == "timeout" and timeout < item.timeout:
+            return None
         if not reply["poisoned"]:
             break
         lost = reply
-        reply = crew.ask(f"{part.__name__}:run", setting.of(item.variant), arguments, item.timeout)
     if lost and reply["status"] == "ok":
         reply |= {"status": "failed", "error": f"a part of it had to be left out: {lost['error']}"}
     if item.renew:
@@ -138,11 +166,13 @@ def run_part(
     *,
     retry: bool = False,
     only: str = "",
+    brief: bool = False,
     crew: Crew | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run what is missing until done or out of time. ``retry``: also what did not end well before; ``only``: cases
-    with these words in their name; ``crew``: workers that outlive the part, instead of its own.
+    with these words in their name; ``brief``: nothing is said of cases that end well; ``crew``: workers that outlive
+    the part, instead of its own.
 
     A case that fails, crashes or hangs becomes a record, and the part goes on. Interrupting loses what is in flight.
     """
@@ -164,7 +194,10 @@ def run_part(
         words = only.split()
         todo = [i for i in items if i.id not in store.done and all(word in i.id for word in words)]
         losses = Losses(store.content["records"], items)
-        _work(part, store, setting, deadline, crew, todo, losses, outcome, say)
+        told = (lambda line: None if line.startswith(WELL) else say(line)) if brief else say
+        _work(part, store, setting, deadline, crew, todo, losses, outcome, told)
+        for line in digest(store.content["records"], items):
+            say(f"  ! {line}")
         outcome.planned = len(items)
     finally:
         if not keep:
@@ -187,10 +220,16 @@ def _work(part, store, setting, deadline, crew, todo: list[Item], losses: Losses
                 item = queue.pop(0)
                 useless = losses.reason(item)
             if useless:
-                record = {"id": item.id, "status": "unavailable", "seconds": 0.0, "result": None, "error": useless}
+                record: dict | None = {
+                    "id": item.id,
+                    "status": "unavailable",
+                    "seconds": 0.0,
+                    "result": None,
+                    "error": useless,
+                }
             else:
-                record = run_item(part, item, setting, crew)
-            if stop.is_set():
+                record = run_item(part, item, setting, crew, deadline)
+            if stop.is_set() or record is None:
                 return  # ended from outside, which is no finding about the case
             with lock:
                 store.add(record)

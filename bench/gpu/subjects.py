@@ -5,7 +5,8 @@ Those made of others are in blocks.py. A new operator with kernels needs an entr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -210,6 +211,28 @@ def alike(problem: Problem, name: str, got: Tensor, wanted: Tensor) -> None:
         judge(name, got, wanted, wanted, rows=max(problem.rows, problem.channels))
     else:
         same_bits(name, got, wanted)
+
+
+OWN_GEMM = ("triton",)
+"""Backends with matrix products of their own, which their tables may leave to the vendor."""
+
+
+@contextlib.contextmanager
+def choice_of_gemm(problem: Problem, backend: str) -> Iterator[None]:
+    """The problem's: our own matrix products where it wants them, else what the backend's table chooses."""
+    chosen = BACKENDS[backend]
+    before = chosen.prefers
+    if problem.own_gemm:
+        chosen.prefers = lambda kernel, x, weight: kernel in ("linear_gemm_fwd", "linear_gemm_bwd")
+    try:
+        yield
+    finally:
+        chosen.prefers = before
+
+
+def solvable(problems: list[Problem], backend: str) -> list[Problem]:
+    """Without those that the backend has no kernels for."""
+    return [problem for problem in problems if not problem.own_gemm or backend in OWN_GEMM]
 
 
 def needs(operator: str) -> tuple[str, ...]:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from bench import harness
-from bench.gpu import drive, goals, grid, machine, workloads
+from bench.gpu import blocks, drive, goals, grid, large, machine, workloads
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Setting, Unavailable
 from bench.gpu.parts import configurations, correctness, environment, sanitizer, speed, throughput
 from bench.gpu.problem import GRADIENTS, LAYOUTS, Problem, Surroundings
 from bench.gpu.schema import check
-from bench.gpu.subjects import EVERYTHING, SUBJECTS, gradients_for
+from bench.gpu.subjects import EVERYTHING, SUBJECTS, choice_of_gemm, gradients_for, solvable
+from sdp_kernels.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = Setting(rehearsal=True)
@@ -74,6 +75,21 @@ def test_unwritten_memory_is_found(monkeypatch):
     with pytest.raises(Failure, match="not finite"):
         run("values")
     assert torch.are_deterministic_algorithms_enabled() is False
+
+
+def test_our_own_gemm_is_forced_where_a_problem_wants_it_and_only_there(monkeypatch):
+    problem = dataclasses.replace(KELU, own_gemm=True)
+    triton = BACKENDS["triton"]
+    monkeypatch.setattr(triton, "prefers", lambda kernel, x, weight: False)
+    with choice_of_gemm(KELU, "triton"):
+        assert not triton.prefers("linear_gemm_fwd", None, None)
+    with pytest.raises(ZeroDivisionError), choice_of_gemm(problem, "triton"):
+        assert triton.prefers("linear_gemm_fwd", None, None) and triton.prefers("linear_gemm_bwd", None, None)
+        _ = 1 / 0
+    assert not triton.prefers("linear_gemm_fwd", None, None)
+    assert solvable([KELU, problem], "cuda") == [KELU] and solvable([KELU, problem], "triton") == [KELU, problem]
+    for found in (grid.problems("linear"), blocks.problems("feed_forward"), large.problems("linear", Setting())):
+        assert {p.own_gemm for p in found} == {False, True}
 
 
 def test_a_write_beside_an_input_and_a_read_from_there_are_found(monkeypatch):

@@ -35,11 +35,12 @@ def bench(tmp_path, monkeypatch):
         def open(self, *, rehearsal=False, environment=GPU, code="c0de", fresh=False) -> Store:
             return Store(tmp_path, "gpu_toy", rehearsal=rehearsal, environment=environment, code=code, fresh=fresh)
 
-        def run(self, names, *, seconds=60.0, retry=False, only="", part=toy, **how) -> runner.Outcome:
+        def run(self, names, *, seconds=60.0, retry=False, only="", brief=False, part=toy, **how) -> runner.Outcome:
             monkeypatch.setenv("SDP_TOY_CASES", names)
             deadline, store = runner.Deadline.after(seconds), self.open(**how)
-            quietly = {"say": lambda line: None}
-            return runner.run_part(part, store, Setting(), deadline, retry=retry, only=only, **quietly)
+            self.said = []
+            told = {"brief": brief, "say": self.said.append}
+            return runner.run_part(part, store, Setting(), deadline, retry=retry, only=only, **told)
 
         def records(self) -> dict[str, dict]:
             return {record["id"]: record for record in load(self.path)["records"]}
@@ -114,6 +115,16 @@ def test_the_result_of_a_failed_case_counts_where_the_part_says_so(bench, monkey
     assert load(bench.path)["summary"]["good"] == ["fails-1", "good-1", "parts-dies"]
 
 
+def test_what_did_not_end_well_is_told_by_group_at_the_end(bench):
+    bench.run("good-1,fails-1,good-2,fails-2,raises-1,absent-1", brief=True)
+    lines = [line.split()[0] for line in bench.said[:-2]]
+    assert lines == ["failed", "failed", "error", "unavailable"]
+    assert bench.said[-2] == "  ! 2 × failed in fails: fails-1: off by 3"
+    assert bench.said[-1].startswith("  ! 1 × error in raises: raises-1: RuntimeError")
+    bench.run("good-1,fails-1,good-2", fresh=True)
+    assert [line.split()[0] for line in bench.said] == ["ok", "failed", "ok", "!"]
+
+
 def test_only_the_cases_named_are_run_and_the_others_stay_planned(bench):
     outcome = bench.run("good-1,good-2,fails-1", only="good 2")
     assert bench.log() == ["good-2"] and not outcome.complete and "2 to go" in outcome.line()
@@ -167,6 +178,14 @@ def test_the_time_limit_is_kept_between_cases(bench, monkeypatch):
     monkeypatch.setattr(toy, "BUDGET", 0.01)
     outcome = bench.run("slow-1,slow-2")
     assert not outcome.complete and outcome.new == 0 and "2 to go" in outcome.line()
+    monkeypatch.undo()
+
+
+def test_a_case_that_goes_on_for_too_long_after_the_limit_is_left_to_the_next_run(bench, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    outcome = bench.run("waits-1,good-1", seconds=3.0)
+    assert bench.log()[:1] == ["waits-1"] and "waits-1" not in bench.records()
+    assert not outcome.complete and outcome.well and outcome.seconds < 30
     monkeypatch.undo()
 
 

@@ -42,6 +42,15 @@ class Backend:
     prefers: Callable[[str, Tensor, Tensor], bool] | None = None
     """(optional kernel, x, weight) → whether it is to be run for them instead of the kernels that every backend has."""
 
+    def can(self, operator: str, device_type: str, dtype: torch.dtype) -> bool:
+        """Whether this backend runs ``operator`` on tensors of that device and dtype."""
+        return (
+            self.absent is None
+            and operator in self.operators
+            and device_type in self.device_types
+            and dtype in self.dtypes
+        )
+
     def unsupported_reasons(self, operator: str, device_type: str, dtype: torch.dtype) -> list[str]:
         """Why this backend cannot run ``operator`` on tensors of that device and dtype; empty when it can."""
         if self.absent is not None:
@@ -120,11 +129,11 @@ def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[st
     Raises ValueError for an unknown name and :class:`UnsupportedError` when a named backend cannot do the case.
     """
     device_type, dtype, limits = x.device.type, x.dtype, limits or {}
-    requested = check_backend(backend) or _forced
+    requested = _forced if backend is None else check_backend(backend)
     if requested == "composed" and backend is None and operator not in BACKENDS["composed"].operators:
         requested = None  # a part of a composed operator: it chooses for itself
     if requested is not None:
-        if requested not in limits and not BACKENDS[requested].unsupported_reasons(operator, device_type, dtype):
+        if requested not in limits and BACKENDS[requested].can(operator, device_type, dtype):
             return requested
         told = every_reason(operator, device_type, dtype)
         for name, reason in limits.items():
@@ -136,7 +145,7 @@ def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[st
     for name, candidate in BACKENDS.items():
         if (name == "triton" and INTERPRETING) or name in limits:
             continue  # the interpreter runs only when asked for by name
-        if not candidate.unsupported_reasons(operator, device_type, dtype):
+        if candidate.can(operator, device_type, dtype):
             if name == "reference":
                 _report_fallback(operator, device_type, dtype)
             return name

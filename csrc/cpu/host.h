@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/allocate.h"
+
 namespace sdp {
 
 using torch::stable::Tensor;

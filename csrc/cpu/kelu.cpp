@@ -58,7 +58,7 @@ extern const KeluTable kelu_table = {
 namespace sdp {
 
 static Tensor kelu_fwd(const Tensor& x) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   const int dtype = dtype_index(x);
   const int64_t size = element_bytes(dtype);
   const auto kernel = SDP_ACTIVE_TABLE(kelu_table).forward[dtype];
@@ -75,7 +75,7 @@ static Tensor kelu_fwd(const Tensor& x) {
 
 static Tensor kelu_bwd(const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "kelu_bwd: grad must have x's dtype");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   const int dtype = dtype_index(x);
   const int64_t size = element_bytes(dtype);
   const auto kernel = SDP_ACTIVE_TABLE(kelu_table).backward[dtype];

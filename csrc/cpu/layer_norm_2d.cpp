@@ -65,11 +65,11 @@ void by_sample(int64_t begin, int64_t end, int64_t per_sample, const Body& body)
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                                              const Tensor& weight, const Tensor& bias, double eps,
                                                              int64_t registers) {
-  Tensor y = torch::stable::empty_like(x);
-  Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor y = allocate_like(x);
+  Tensor sum = residual ? allocate_like(x) : allocate(x, {0});
   const Geometry g(y);
-  Tensor mean = torch::stable::new_empty(x, g.statistics_shape(x), accumulator_dtype(x));
-  Tensor rstd = torch::stable::new_empty(x, g.statistics_shape(x), accumulator_dtype(x));
+  Tensor mean = allocate(x, g.statistics_shape(x), accumulator_dtype(x));
+  Tensor rstd = allocate(x, g.statistics_shape(x), accumulator_dtype(x));
   const int dtype = dtype_index(x);
   const Scratch wide_weight = widened(weight, dtype), wide_bias = widened(bias, dtype);
 
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
 
 // The blocks' partial sums added in order and rounded once, to the parameter's dtype.
 Tensor total(const Scratch& partial, int64_t blocks, int dtype, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {like.numel()});
+  Tensor out = allocate(like, {like.numel()});
   write_rounded(out, block_sums(partial, blocks, like.numel(), dtype));
   return out;
 }
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
                                                      const Tensor& rstd, int64_t registers) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "layer_norm_2d_bwd: grad must have x's dtype");
   STD_TORCH_CHECK(mean.is_contiguous() && rstd.is_contiguous(), "layer_norm_2d_bwd: mean and rstd must be contiguous");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   const Geometry g(dx);
   const int dtype = dtype_index(x);
   const Scratch wide_weight = widened(weight, dtype);

@@ -22,9 +22,9 @@ def check_parameter(name: str, value: object, shape: tuple[int, ...], x: Tensor)
     check_floating(name, value)
     if value.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.dtype not in (x.dtype, torch.float32) and autocast_dtype(x) is None:
+    if value.dtype != x.dtype and value.dtype != torch.float32 and autocast_dtype(x) is None:
         raise TypeError(f"{name} must be {x.dtype} like x, or float32, got {value.dtype}")
 
 
@@ -42,6 +42,8 @@ def check_rank(name: str, value: Tensor, ranks: tuple[int, ...], wanted: str) ->
 
 def check_eps(eps: float) -> None:
     """A positive finite number."""
+    if type(eps) is float and 0 < eps < math.inf:
+        return
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not (eps > 0 and math.isfinite(eps)):
@@ -79,6 +81,8 @@ def check_layer(layer: int) -> None:
 
 def check_registers(registers: int, x: Tensor) -> None:
     """Register rows exist in token buffers (B, T, C) only, and there are at most T of them."""
+    if type(registers) is int and registers == 0:
+        return
     if isinstance(registers, bool) or not isinstance(registers, int):
         raise TypeError(f"registers must be an int, got {type(registers).__name__}")
     if registers < 0:

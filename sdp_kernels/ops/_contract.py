@@ -15,6 +15,8 @@ from ..backends import BACKENDS
 NAMESPACES = tuple(dict.fromkeys(b.namespace for b in BACKENDS.values() if b.namespace))
 _LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
 _SCHEMAS: dict[str, str] = {}
+_KERNELS: dict[tuple[str, str], torch._ops.OpOverload] = {}
+"""(Backend, kernel) → what to call: looking it up in ``torch.ops`` costs as much as the call."""
 OPERATORS: dict[str, tuple[str, ...]] = {}
 """Operator → names of the kernels it needs, e.g. ``kelu`` → (``kelu_fwd``, ``kelu_bwd``)."""
 
@@ -37,6 +39,10 @@ def define(
         for name, text in schemas.items():
             library.define(name + text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    for backend in BACKENDS.values():
+        if backend.namespace is not None:
+            overloads = {name: getattr(getattr(torch.ops, backend.namespace), name).default for name in schemas}
+            _KERNELS.update(((backend.name, name), overload) for name, overload in overloads.items())
     _SCHEMAS.update(schemas)
     OPERATORS[operator] = (*(name for name in schemas if name not in optional), *uses)
     BACKENDS["reference"].operators.add(operator)
@@ -49,7 +55,7 @@ def current_schema_hash() -> str:
 
 def launch(backend: str, kernel: str, *args):
     """Call ``kernel`` (e.g. ``kelu_fwd``) of a backend that has kernels."""
-    return getattr(getattr(torch.ops, BACKENDS[backend].namespace), kernel).default(*args)
+    return _KERNELS[backend, kernel](*args)
 
 
 def other_than(x: torch.Tensor, same: torch.Tensor | None) -> torch.Tensor | None:

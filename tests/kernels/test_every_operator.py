@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from _cases import CASES, on_every_backend
@@ -187,26 +189,32 @@ def test_inputs_are_left_alone_and_shared_by_no_output(case, backend):
 
 
 @pytest.fixture
-def poisoned():
-    """Fresh memory of PyTorch's holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+def fill_memory():
+    """fill_memory(byte): what fresh memory holds, PyTorch's tensors and the kernels' scratch alike (glibc)."""
+    perturb, mallopt = -6, ctypes.CDLL(None).mallopt
+
+    def fill(byte: int) -> None:
+        mallopt(perturb, byte ^ 0xFF)
+        assert (torch.empty(100_000, dtype=torch.uint8) == byte).all()
+
+    yield fill
+    mallopt(perturb, 0)
 
 
 @pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @on_every_backend()
-def test_every_element_is_written(case, backend, dtype, poisoned):
-    """Outputs, statistics and gradients are all set. (Scratch that C++ allocates itself is not poisoned here.)"""
+def test_what_memory_held_before_makes_no_difference(case, backend, dtype, fill_memory):
+    """Outputs, statistics and gradients are written in full and depend on the inputs alone."""
     inputs = case.inputs(dtype)
     for x in (inputs[0], *list(layouts(inputs[0]).values())[1:]):
-        outputs, gradients = run(case, backend, [x, *inputs[1:]])
-        assert all(torch.isfinite(y).all() for y in (*outputs, *gradients))
+        found = []
+        for byte in (0x7F, 0xFE):  # repeated: the largest values there are, positive and negative; NaN in float16
+            fill_memory(byte)
+            outputs, gradients = run(case, backend, [x, *inputs[1:]])
+            found.append((*outputs, *gradients))
+        for one, other in zip(*found, strict=True):
+            assert torch.isfinite(one).all() and torch.equal(one, other)
 
 
 @pytest.mark.levels

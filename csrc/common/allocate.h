@@ -1,0 +1,71 @@
+// Tensors for outputs, without a call through the dispatcher: with cold caches one costs as much as a small kernel.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace sdp {
+
+using torch::stable::Tensor;
+
+namespace detail {
+
+inline constexpr int64_t kMostDims = 8;
+
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            torch::headeronly::ScalarType dtype) {
+  const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype_code, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+// Whether the elements fill their memory, each once: then an output keeps the strides.
+inline bool dense(const Tensor& t) {
+  std::array<std::array<int64_t, 2>, kMostDims> by_stride;
+  int64_t count = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 1) continue;
+    if (t.size(d) == 0 || count == kMostDims) return false;
+    by_stride[count++] = {t.stride(d), t.size(d)};
+  }
+  std::sort(by_stride.begin(), by_stride.begin() + count);
+  int64_t expected = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (by_stride[i][0] != expected) return false;
+    expected *= by_stride[i][1];
+  }
+  return true;
+}
+
+}  // namespace detail
+
+// A contiguous tensor of these sizes (eight at most) on like's device.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+  std::array<int64_t, detail::kMostDims> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
+  return detail::empty_strided(like, sizes.size(), sizes.data(), strides.data(), dtype);
+}
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return allocate(like, sizes, like.scalar_type());
+}
+
+// As torch.empty_like: in x's memory layout where x is dense.
+inline Tensor allocate_like(const Tensor& x) {
+  if (!detail::dense(x)) return torch::stable::empty_like(x);
+  return detail::empty_strided(x, x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
+}
+
+}  // namespace sdp

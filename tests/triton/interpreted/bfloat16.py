@@ -1,13 +1,15 @@
 """Triton's interpreter keeps bf16 as raw uint16: it truncates where the GPU rounds, and calculates with the bits.
 
 :func:`install` mends the first and forbids the second: a kernel that does arithmetic on bf16, instead of widening right
-after the load, fails; a tensor core's product of bf16 numbers is one of fp32 numbers there. For tests only.
+after the load, fails; a tensor core's product of bf16 numbers is one of fp32 numbers there. And Triton 3.6's takes an
+array of one number for a number, which numpy from 2.4 on does not. For tests only.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -64,6 +66,13 @@ def install() -> None:
         refuse(argument)
         return unary(self, argument, operation)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def mended_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended_tensor
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp = mended_cast, mended_to_float
     InterpreterBuilder.binary_op, InterpreterBuilder.unary_op = strict_binary, strict_unary
     InterpreterBuilder.create_dot = mended_dot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -11,13 +11,21 @@ from .part import Failure, Setting, Unavailable
 from .worker import ROOT, scrubbed
 
 TEST = "tests/train/test_capture.py"
-NEEDS = ("pytest", "pydantic")
+NEEDS = ("pytest", "sdpnet.train")
+
+
+def require(*modules: str) -> None:
+    """Raises Unavailable where one of them can't be imported, for want of a package that an image need not have."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise Unavailable(f"{name}: {error}") from None
 
 
 def run(setting: Setting) -> str:
     """What pytest says last; a rehearsal only collects."""
-    if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
-        raise Unavailable(f"not installed: {', '.join(absent)}")
+    require(*NEEDS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", TEST]
     environment = {k: v for k, v in os.environ.items() if k != "SDP_REQUIRE_PROOFS"}
     done = subprocess.run(

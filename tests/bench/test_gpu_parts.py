@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -459,6 +460,14 @@ def test_a_benchmark_that_cannot_be_imported_is_one_case_and_not_the_end(monkeyp
     absent = [item for item in items if item.id == "cases of bench.test_encoder"]
     with pytest.raises(Unavailable, match="pydantic"):
         speed.run(REHEARSAL, **absent[0].arguments)
+
+
+def test_what_needs_a_package_that_is_not_there_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sdpnet.train", None)
+    with pytest.raises(Unavailable, match=r"sdpnet\.train"):
+        throughput.run(REHEARSAL, "tiny", "kelu", "as they are")
+    with pytest.raises(Unavailable, match=r"sdpnet\.train"):
+        correctness.run(REHEARSAL, "captured step", {}, "")
 
 
 def test_compiling_beforehand_measures_nothing():

@@ -6,10 +6,10 @@ several; and where a step of ours crashes, the others are measured without it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
-from bench.gpu.part import Failure, Item, Setting, Unavailable
+from bench.gpu.captured_step import require
+from bench.gpu.part import Failure, Item, Setting
 from bench.train_throughput.presets import PRESETS
 
 ORDER = 45
@@ -43,8 +43,7 @@ def cases(setting: Setting) -> list[Item]:
 
 def run(setting: Setting, preset: str, activation: str, group: str, wanted: list[str] | None = None) -> dict:
     """Figures of the group's forms. Failure, with the others' figures, where one of ours is left out."""
-    if importlib.util.find_spec("pydantic") is None:
-        raise Unavailable("pydantic, which sdpnet's trainer needs, is not installed")
+    require("sdpnet.train", "matplotlib")
     from bench.train_throughput import measure, report
 
     chosen, forms, broken, notes = PRESETS[preset], list(wanted or GROUPS[group]), [], []

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/block.cuh"
 #include "common/pack.cuh"
 

@@ -69,7 +69,7 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight, const std::op
                             const std::optional<Tensor>& rstd, const std::optional<Tensor>& norm_weight,
                             const std::optional<Tensor>& norm_bias) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   if (x.numel() == 0) return y;
   Prepared p(x, weight, grid, registers, mean, rstd, norm_weight, norm_bias);
   p.c.out = view_of(y, p.sizes, registers);
@@ -90,16 +90,16 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
                                                         const std::optional<Tensor>& norm_bias) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "depthwise_conv2d_bwd: grad must have x's dtype");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   Prepared p(x, weight, grid, registers, mean, rstd, norm_weight, norm_bias);
-  Tensor dweight = torch::stable::new_empty(weight, {p.sizes[1], 1, p.kernel, p.kernel});
-  Tensor dbias = torch::stable::new_empty(weight, {p.sizes[1]});
+  Tensor dweight = allocate(weight, {p.sizes[1], 1, p.kernel, p.kernel});
+  Tensor dbias = allocate(weight, {p.sizes[1]});
   if (weight.numel() == 0) return {dx, dweight, dbias};
   p.c.out = view_of(dx, p.sizes, registers), p.c.grad = view_of(grad, p.sizes, registers);
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const DepthwisePlan plan = depthwise_conv2d_plan<T>(p.c, p.kernel, true, has_tensor_cores(x));
-    const Tensor partial = torch::stable::new_empty(
+    const Tensor partial = allocate(
         x, {plan.tile.splits, p.c.channels, p.kernel * p.kernel + 1}, ScalarType::Float);
     p.c.partial = static_cast<float*>(partial.mutable_data_ptr());
     depthwise_conv2d_backward<T>(p.c, p.kernel, plan, static_cast<T*>(dweight.mutable_data_ptr()),

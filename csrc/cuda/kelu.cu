@@ -18,7 +18,7 @@ KeluStrides strides_of(const std::vector<MergedDim>& dims) {
 
 Tensor kelu_fwd(const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   if (x.numel() == 0) return y;
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -31,7 +31,7 @@ Tensor kelu_fwd(const Tensor& x) {
 Tensor kelu_bwd(const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "kelu_bwd: grad must have x's dtype");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   if (x.numel() == 0) return dx;
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);

@@ -27,7 +27,7 @@ Tensor new_statistics(const Tensor& x) {
   std::vector<int64_t> shape{x.size(0)};
   if (is_picture(x)) shape.insert(shape.end(), {x.size(2), x.size(3)});
   else shape.push_back(x.size(1));
-  return torch::stable::new_empty(x, shape, ScalarType::Float);
+  return allocate(x, shape, ScalarType::Float);
 }
 
 // (C,) of any stride to one without gaps.
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
                                                              const Tensor& weight, const Tensor& bias, double eps,
                                                              int64_t registers) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = torch::stable::empty_like(x);
-  Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor y = allocate_like(x);
+  Tensor sum = residual ? allocate_like(x) : allocate(x, {0});
   Tensor mean = new_statistics(x), rstd = new_statistics(x);
   if (x.numel() == 0) return {y, mean, rstd, sum};
   const Tensor dense_weight = dense(weight), dense_bias = dense(bias);
@@ -65,9 +65,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "layer_norm_2d_bwd: grad must have x's dtype");
   STD_TORCH_CHECK(mean.is_contiguous() && rstd.is_contiguous(), "layer_norm_2d_bwd: mean and rstd must be contiguous");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   const std::vector<int64_t> shape{weight.numel()};
-  Tensor dweight = torch::stable::new_empty(weight, shape), dbias = torch::stable::new_empty(weight, shape);
+  Tensor dweight = allocate(weight, shape), dbias = allocate(weight, shape);
   const Tensor dense_weight = dense(weight);
 
   auto c = layer_norm_case<float>(sizes_of(x), registers, 0);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const LayerNormPlan plan = layer_norm_plan<T>(c, true, device_limits(x));
-    const Tensor partial = torch::stable::new_empty(x, {plan.geometry.blocks, 2, c.channels}, ScalarType::Float);
+    const Tensor partial = allocate(x, {plan.geometry.blocks, 2, c.channels}, ScalarType::Float);
     c.partial = static_cast<float*>(partial.mutable_data_ptr());
     const Launcher launcher{current_stream(x)};
     auto run = [&](auto* first) {

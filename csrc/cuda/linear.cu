@@ -73,7 +73,7 @@ Tensor linear_epilogue_fwd(const Tensor& z, std::string activation, const std::o
                            int64_t registers, double dropout, const std::optional<Tensor>& rng, int64_t layer) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   Around around(z, activation, layer_scale, path_mask, registers, dropout, rng, layer);
-  Tensor y = torch::stable::new_empty(residual ? *residual : z, {z.size(0), z.size(1), z.size(2)});
+  Tensor y = allocate(residual ? *residual : z, {z.size(0), z.size(1), z.size(2)});
   if (z.numel() == 0) return y;
   Case& c = around.c;
   c.z = view_of(z), c.out = y.mutable_data_ptr();
@@ -95,16 +95,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_epilogue_bwd(const Tensor& grad, const
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   Around around(z, activation, layer_scale, path_mask, registers, dropout, rng, layer);
   Case& c = around.c;
-  Tensor dz = torch::stable::new_empty(z, {z.size(0), z.size(1), z.size(2)});
-  Tensor dscale = torch::stable::new_empty(z, {layer_scale ? c.columns : 0}, ScalarType::Float);
-  Tensor dbias = torch::stable::new_empty(z, {c.columns}, ScalarType::Float);
+  Tensor dz = allocate(z, {z.size(0), z.size(1), z.size(2)});
+  Tensor dscale = allocate(z, {layer_scale ? c.columns : 0}, ScalarType::Float);
+  Tensor dbias = allocate(z, {c.columns}, ScalarType::Float);
   if (c.activation != kNone || layer_scale) c.z = view_of(z);
   c.grad = view_of(grad), c.out = dz.mutable_data_ptr();
   dispatch_pair(z, grad, [&](auto inner, auto outer) {
     using T = decltype(inner);
     using R = decltype(outer);
     const EpiloguePlan plan = epilogue_plan<T, R>(c, true);
-    const Tensor partial = torch::stable::new_empty(z, {plan.chunks, c.sums(), c.columns}, ScalarType::Float);
+    const Tensor partial = allocate(z, {plan.chunks, c.sums(), c.columns}, ScalarType::Float);
     c.partial = static_cast<float*>(partial.mutable_data_ptr());
     linear_epilogue_backward<T, R>(c, plan, static_cast<float*>(dscale.mutable_data_ptr()),
                                    static_cast<float*>(dbias.mutable_data_ptr()), Launcher{current_stream(z)});

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> register_attention_fwd(const Tensor& qkv, const Param
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   Prepared p(qkv, q_weight, q_bias, k_weight, k_bias, eps, scale, registers, attend, dropout, rng, layer);
   AttentionCase<float>& c = p.c;
-  Tensor y = torch::stable::new_empty(qkv, {c.batch, c.tokens, c.heads * c.d});
-  Tensor lse = torch::stable::new_empty(qkv, {c.batch, c.heads, c.tokens}, ScalarType::Float);
+  Tensor y = allocate(qkv, {c.batch, c.tokens, c.heads * c.d});
+  Tensor lse = allocate(qkv, {c.batch, c.heads, c.tokens}, ScalarType::Float);
   if (qkv.numel() == 0) return {y, lse};
   c.y = y.mutable_data_ptr(), c.lse = static_cast<float*>(lse.mutable_data_ptr());
   dispatch_dtype(qkv, [&](auto zero) {
@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> register_attention_bwd(
   AttentionCase<float>& c = p.c;
   p.grad = dense(grad), p.y = dense(y);
   const Tensor dense_lse = dense(lse);
-  Tensor dqkv = torch::stable::new_empty(qkv, {c.batch, c.tokens, 3, c.heads, c.d});
+  Tensor dqkv = allocate(qkv, {c.batch, c.tokens, 3, c.heads, c.d});
   auto gradient = [&](int i) {
-    return torch::stable::new_empty(qkv, {p.parameters[i] ? int64_t(c.d) : int64_t(0)}, ScalarType::Float);
+    return allocate(qkv, {p.parameters[i] ? int64_t(c.d) : int64_t(0)}, ScalarType::Float);
   };
   Tensor gradients[4] = {gradient(0), gradient(1), gradient(2), gradient(3)};
   auto data = [&](int i) {
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> register_attention_bwd(
   dispatch_dtype(qkv, [&](auto zero) {
     using T = decltype(zero);
     const AttentionPlan plan = attention_plan<T>(c, true, device_limits(qkv));
-    const Tensor partial = torch::stable::new_empty(
+    const Tensor partial = allocate(
         qkv, {c.q_norm.there || c.k_norm.there ? plan.geometry.blocks : int64_t(0), 2, c.d}, ScalarType::Float);
     c.partial = static_cast<float*>(partial.mutable_data_ptr());
     register_attention_backward<T>(c, plan, AttentionGradients<float>{data(2), data(3), data(0), data(1)},

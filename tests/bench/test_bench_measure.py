@@ -80,6 +80,50 @@ def test_everybody_has_one_turn_a_round_and_the_inputs_rotate() -> None:
     assert len(set(rounds)) > 1, "the order must change from round to round"
 
 
+@pytest.mark.parametrize("together, most", [(1, 1), (5, 5), (1000, 3 * measure.BLOCK)])
+def test_no_more_calls_are_prepared_at_a_time_than_memory_allows(together, most, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "_together", lambda prepare, on_gpu: together)
+    waiting, highest = [0], [0]
+
+    def prepare(index: int):
+        waiting[0] += 1
+        highest[0] = max(highest[0], waiting[0])
+
+        def call() -> float:
+            waiting[0] -= 1
+            return 1.0
+
+        return call
+
+    durations = measure.interleave(dict.fromkeys("abc", prepare), 5, 0.0, FakeClock())
+    assert highest[0] == most and waiting[0] == 0
+    assert {len(spans) for spans in durations.values()} == {measure.LEAST_ROUNDS}
+
+
+def test_what_a_prepared_call_holds_decides_how_many_there_may_be(monkeypatch) -> None:
+    held = [100]
+
+    def prepare(size: int):
+        def on(index: int):
+            held[0] += size
+            return lambda: None
+
+        return on
+
+    fakes = {
+        "memory_allocated": lambda: held[0],
+        "memory_reserved": lambda: held[0] + 200,
+        "mem_get_info": lambda: (800, 10_000),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert measure._together({"a": prepare(10), "b": prepare(100)}, on_gpu=True) == 5  # half of 800 + 200 over 100
+    assert measure._together({"a": prepare(10_000)}, on_gpu=True) == 1
+    assert measure._together({"a": prepare(0), "b": prepare(0)}, on_gpu=True) == 2 * measure.BLOCK
+    assert measure._together({"a": prepare(1)}, on_gpu=False) == measure.BLOCK
+
+
 def test_inputs_together_exceed_twice_the_cache(monkeypatch) -> None:
     monkeypatch.setattr(measure, "last_level_cache", lambda: (1000, "made up"))
     inputs = measure.Inputs(operator(), SMALL)

@@ -33,7 +33,7 @@ ORDER = 40
 TITLE = "speed against PyTorch, torch.compile and other libraries; time over the measured floor; the goals"
 BUDGET = 470
 PARTIAL = True
-PARALLEL = 8
+PARALLEL = 6
 """Of what compiles; whatever is timed is alone."""
 SECONDS, TIMEOUT, PREPARED = 1.0, 180.0, 24
 FIRST = ("depthwise_conv2d", (256, 768, 16, 16))
@@ -222,12 +222,10 @@ def run(
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # read when the compiler is imported
     with machine.stand_ins(setting):
         harness = Harness(0.0 if setting.rehearsal else SECONDS)
+        if compile_only:
+            return _compiled(harness, known, rivals, problem)
         for which in PASSES:
             case = replace(problem, which=which)
-            if compile_only:  # a contender's check runs both of its passes
-                for contender in rivals:
-                    harness.check(known, contender, case)
-                break
             for contender in rivals:
                 row, reason = _one(harness, known, rivals, contender, case)
                 if reason:
@@ -240,6 +238,18 @@ def run(
         told = "; ".join(f"{r['contender']} is {r['status']} in {r['case']}: {r['reason']}" for r in wrong)
         raise Failure(told[:1500], result)
     return result
+
+
+def _compiled(harness: Harness, known: Operator, rivals: list[Contender], problem: Case) -> dict:
+    """A contender's check runs both of its passes; what it finds is told when it is timed. Several processes share the
+    memory here, which may be too little for the fp64 truths of all."""
+    try:
+        for rival in rivals:
+            harness.check(known, rival, problem)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+    return {"rows": [], "not_timed": []}
 
 
 def _one(harness: Harness, operator: Operator, rivals: list[Contender], contender: Contender, case: Case):

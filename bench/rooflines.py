@@ -248,7 +248,8 @@ def cpu_table(name: str, content: dict) -> str:
 def sections() -> dict[str, str]:
     """Marker in the document → what stands between it and its end."""
     results = measured()
-    machines = [f"### {name}\n\n{cpu_table(name, content).strip()}" for name, content in results.items()]
+    by_cpu = {row["machine"] for row in ours(results) if row["device"] == "cpu"}
+    machines = [f"### {name}\n\n{cpu_table(name, results[name]).strip()}" for name in results if name in by_cpu]
     return {"gpu": gpu_table(results).strip(), "cpu": "\n\n".join(machines)}
 
 

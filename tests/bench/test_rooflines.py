@@ -46,6 +46,19 @@ def test_memory_floors_are_those_of_the_goals():
         assert any(float(b.goal.split()[0]) == goals[key].bound for b in fitting), key
 
 
+WHERE = {"here": "cpu", "there": "cuda"}
+
+
+def test_a_gpus_results_are_no_rows_of_the_cpus_tables(monkeypatch):
+    row = {"operator": "kelu", "shape": [256, 768, 16, 16], "dtype": "bfloat16", "layout": "contiguous", "kind": "ours"}
+    row |= {"pass": "forward", "median": 50e-6, "floor": 47e-6, "time_over_floor": 1.06, "copy_bytes_per_second": 4e12}
+    made = {name: {"benchmarks": [{"extra_info": row | {"device": device}}]} for name, device in WHERE.items()}
+    monkeypatch.setattr(rooflines, "measured", lambda: made)
+    found = rooflines.sections()
+    assert "### here" in found["cpu"] and "there" not in found["cpu"]
+    assert "(ours, there)" in found["gpu"] and "here" not in found["gpu"].replace("there", "")
+
+
 def test_floors_by_hand():
     by_name = {(b.kernel, b.case.shape[-1]): b for b in rooflines.bounds()}
     floor = lambda *key: 1e6 * by_name[key].floor(rooflines.H200)  # noqa: E731

@@ -62,6 +62,8 @@ def load() -> dict[str, CompiledLibrary]:
         BACKENDS[backend].absent = library.reason
         if library.reason is None:
             BACKENDS[backend].operators = {op for op, kernels in OPERATORS.items() if _complete(backend, kernels)}
+    if libraries["cpu"].reason is None:
+        BACKENDS["cpu"].multiplies_bf16 = bool(importlib.import_module("sdp_kernels._C").multiplies_bf16)
     return libraries
 
 

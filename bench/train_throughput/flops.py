@@ -85,8 +85,9 @@ def _gemm(x, weight, *_, out_shape=None, **__):
     return 2 * prod(x) * weight[0]
 
 
-def _gemm_backward(d, weight, *_, out_shape=None, **__):
-    return 2 * prod(d) * weight[1]
+def _gemm_backward(d, other, *_, out_shape=None, **__):
+    """Of d (B, T, N) with a weight (N, M), or with the layer's input (B, T, M)."""
+    return 2 * prod(d) * other[-1]
 
 
 def _pixels(x, grid) -> int:
@@ -107,6 +108,8 @@ def _formulas() -> dict:
         "depthwise_conv2d_bwd": _depthwise_backward,
         "linear_gemm_fwd": _gemm,
         "linear_gemm_bwd": _gemm_backward,
+        "linear_gemm_dgrad": _gemm_backward,
+        "linear_gemm_wgrad": _gemm_backward,
         "register_attention_fwd": _packed,
         "register_attention_bwd": _packed_backward,
     }

@@ -26,5 +26,8 @@
 #endif
 
 namespace sdp {
-int active_level();  // library.cpp: the highest level the processor has, or SDP_KERNELS_CPU_LEVEL if lower
+// library.cpp
+int active_level();        // the highest level the processor has, or SDP_KERNELS_CPU_LEVEL if lower
+bool has_bf16_pairs();     // AVX512_BF16 at level 2: multiplies pairs of bf16
+bool multiplies_bf16();    // as well, and no matrix unit (AMX), with which PyTorch's GEMM is several times faster
 }

@@ -5,6 +5,10 @@
 
 #include "cpu/levels.h"
 
+#if SDP_LEVELS == 3
+#include <cpuid.h>
+#endif
+
 namespace sdp {
 
 static int detected_level() {
@@ -23,6 +27,24 @@ static int detected_level() {
 static int chosen_level = -1;
 
 int active_level() { return chosen_level; }
+
+bool has_bf16_pairs() {
+#if SDP_LEVELS == 3 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+  return chosen_level == 2 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool multiplies_bf16() {
+#if SDP_LEVELS == 3
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
+  return has_bf16_pairs() && !amx;
+#else
+  return false;
+#endif
+}
 
 }  // namespace sdp
 
@@ -46,7 +68,8 @@ PyMODINIT_FUNC PyInit__C(void) {
   if (PyModule_AddStringConstant(module, "schema_hash", SDP_SCHEMA_HASH) < 0 ||
       PyModule_AddStringConstant(module, "build_info", SDP_BUILD_INFO) < 0 ||
       PyModule_AddIntConstant(module, "cpu_level", sdp::chosen_level) < 0 ||
-      PyModule_AddIntConstant(module, "cpu_level_detected", detected) < 0) {
+      PyModule_AddIntConstant(module, "cpu_level_detected", detected) < 0 ||
+      PyModule_AddIntConstant(module, "multiplies_bf16", sdp::multiplies_bf16()) < 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -213,14 +213,6 @@ Scratch padded(const OptionalTensor& parameter, int dtype) {
   return wide;
 }
 
-bool multiplies_pairs() {
-#if SDP_LEVELS == 3 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 // Everything that forward and backward have in common; owns the widened parameters that the case points at.
 struct Call {
   AttentionCase c{};
@@ -249,7 +241,7 @@ struct Call {
   // Runs a kernel over all heads of all samples; what an item computes does not depend on which thread does it.
   template <class Kernels, class Bytes>
   void run(const Kernels& kernels, const Bytes& bytes_needed) const {
-    const int form = dtype == kBFloat16 && kernels[kBFloat16Pairs] != nullptr && multiplies_pairs() ? kBFloat16Pairs : dtype;
+    const int form = dtype == kBFloat16 && kernels[kBFloat16Pairs] != nullptr && has_bf16_pairs() ? kBFloat16Pairs : dtype;
     const int64_t needed = bytes_needed[form](c);
     const auto kernel = kernels[form];
     parallel(items, c.tokens * c.tokens * c.d, [&](int64_t begin, int64_t end) {

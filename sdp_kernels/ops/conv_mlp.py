@@ -12,7 +12,7 @@ from ..reference.philox import drop_path_mask
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
+from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, wgrad
 
 SCHEMAS = {}
 
@@ -85,8 +85,8 @@ class _ConvMLP(torch.autograd.Function):
             grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner
         )
         n = _norm(x1, w.norm2_weight, w.norm2_bias, o)[0].to(conv.dtype)
-        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
-        dn = dhidden @ w.expand_weight
+        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.backend)
+        dn = dgrad(dhidden, w.expand_weight, o.backend)
         del n, dhidden
         dx1, d["norm2_weight"], d["norm2_bias"] = launch(
             o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers

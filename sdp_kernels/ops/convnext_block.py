@@ -12,7 +12,7 @@ from ..reference.philox import drop_path_mask
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_fwd, hidden_bwd
+from .linear import Branch, branch_fwd, dgrad, hidden_bwd, wgrad
 
 SCHEMAS = {}
 
@@ -84,8 +84,8 @@ class _ConvNeXtBlock(torch.autograd.Function):
             grad, hidden, w.project_weight, w.project_bias, w.layer_scale, mask, b
         )
         n = o.norm(conv, w)[0]
-        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
-        dn = dhidden @ w.expand_weight
+        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, b.backend)
+        dn = dgrad(dhidden, w.expand_weight, b.backend)
         del n, dhidden
         dconv, d["norm_weight"], d["norm_bias"] = launch(
             b.backend, "layer_norm_2d_bwd", dn, None, conv, w.norm_weight, mean, rstd, b.registers

@@ -13,7 +13,7 @@ from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gra
 from ._checks import check_eps, check_floating, check_layer, check_rank, check_rate, check_rng
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
-from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd
+from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, wgrad
 
 SCHEMAS = {}
 
@@ -90,9 +90,9 @@ class _FeedForward(torch.autograd.Function):
             )
             del dh
         n = o.norm(x, w)[0].to(hidden.dtype)
-        d["expand_weight"] = dhidden.flatten(0, 1).t() @ n.reshape(-1, n.shape[-1])
+        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend)
         del n
-        dn = dhidden @ w.expand_weight
+        dn = dgrad(dhidden, w.expand_weight, o.inner.backend)
         del dhidden
         dx, d["norm_weight"], d["norm_bias"] = launch(
             o.inner.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x, w.norm_weight, mean, rstd, 0

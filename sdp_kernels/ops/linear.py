@@ -42,11 +42,14 @@ SCHEMAS = {
     "linear_gemm_bwd": (
         "(Tensor d, Tensor weight, Tensor z, str activation, int registers) -> (Tensor dz, Tensor h, Tensor dbias)"
     ),
+    "linear_gemm_dgrad": "(Tensor d, Tensor weight) -> Tensor",
+    "linear_gemm_wgrad": "(Tensor d, Tensor x) -> Tensor",
 }
 """The epilogues are the one pass around the vendor library's GEMM; z is (B, T, out), and without activation and
 layer_scale backward reads only its shape and dtype. A backend may have GEMMs with the same in their own epilogue:
 forward, z empty unless kept for an activation; and backward from d (B, T, N) through the weight (N, M) of a layer and
-the activation before it: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, of M columns, register rows 0."""
+the activation before it: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, of M columns, register rows 0. And the plain
+products: d W, and dᵀ x over all rows."""
 
 
 def _fake_fwd(z, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer):
@@ -71,6 +74,14 @@ def _fake_gemm_bwd(d, weight, z, activation, registers):
     return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[2], dtype=accumulate_dtype(z.dtype))
 
 
+def _fake_gemm_dgrad(d, weight):
+    return d.new_empty((*d.shape[:2], weight.shape[1]))
+
+
+def _fake_gemm_wgrad(d, x):
+    return d.new_empty((d.shape[2], x.shape[2]))
+
+
 define(
     "linear",
     SCHEMAS,
@@ -79,8 +90,10 @@ define(
         "linear_epilogue_bwd": _fake_bwd,
         "linear_gemm_fwd": _fake_gemm_fwd,
         "linear_gemm_bwd": _fake_gemm_bwd,
+        "linear_gemm_dgrad": _fake_gemm_dgrad,
+        "linear_gemm_wgrad": _fake_gemm_wgrad,
     },
-    optional=("linear_gemm_fwd", "linear_gemm_bwd"),
+    optional=("linear_gemm_fwd", "linear_gemm_bwd", "linear_gemm_dgrad", "linear_gemm_wgrad"),
 )
 
 
@@ -102,6 +115,20 @@ def _prefers(backend: str, kernel: str, x: Tensor, weight: Tensor) -> bool:
     return prefers is not None and prefers(kernel, x, weight)
 
 
+def dgrad(d: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """d W of d (B, T, out) and weight (out, in)."""
+    if _prefers(backend, "linear_gemm_dgrad", d, weight):
+        return launch(backend, "linear_gemm_dgrad", d, weight)
+    return d @ weight
+
+
+def wgrad(d: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """dᵀ x over all rows of d (B, T, out) and x (B, T, in), as the weight is."""
+    if _prefers(backend, "linear_gemm_wgrad", x, weight):
+        return launch(backend, "linear_gemm_wgrad", d, x)
+    return d.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
+
+
 def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
     """(y, z): z = x Wᵀ + bias, and y = residual + mask · γ · dropout(act(z)). x (B, T, in). Without an activation
     nobody wants z, and it may be empty."""
@@ -112,8 +139,10 @@ def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng
     return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
 
 
-def branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, dlayer_scale) of :func:`branch_fwd` from y's gradient.
+def branch_bwd(
+    grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None, wants_dx: bool = True
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias, dlayer_scale) of :func:`branch_fwd` from y's gradient; dx None unless wanted.
 
     z may be None where there is no activation: with d = mask · dropout · dy and G = dᵀx, dW = γ ⊙ G and
     dγ = rowsum(W ⊙ G) + bias ⊙ Σd, so that nothing but x is kept.
@@ -121,10 +150,11 @@ def branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=
     masks = (path_mask, b.registers, b.dropout, rng, b.layer)
     if b.activation != "none":
         dz, dscale, dbias = launch(b.backend, "linear_epilogue_bwd", grad, z, b.activation, layer_scale, *masks)
-        dweight = dz.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
-        return dz @ weight, dweight, dbias, None if layer_scale is None else dscale
-    d, total = _masked(grad, x, masks, b)
-    return d @ _scaled(weight, layer_scale), *_parameters_bwd(d, total, x, weight, bias, layer_scale)
+        dx = dgrad(dz, weight, b.backend) if wants_dx else None
+        return dx, wgrad(dz, x, weight, b.backend), dbias, None if layer_scale is None else dscale
+    d, total = _masked(grad, x, masks, b, bias is not None or layer_scale is not None)
+    dx = dgrad(d, _scaled(weight, layer_scale), b.backend) if wants_dx else None
+    return dx, *_parameters_bwd(d, total, x, weight, bias, layer_scale, b)
 
 
 def hidden_bwd(grad, z, weight, bias, layer_scale, path_mask, b: Branch) -> tuple[Tensor | None, ...]:
@@ -132,10 +162,10 @@ def hidden_bwd(grad, z, weight, bias, layer_scale, path_mask, b: Branch) -> tupl
     a linear layer and the activation before it (b's), whose result is computed again."""
     masks = (path_mask, b.registers, 0.0, None, 0)
     if _prefers(b.backend, "linear_gemm_bwd", z, weight):
-        d, total = _masked(grad, z, masks, b)
+        d, total = _masked(grad, z, masks, b, bias is not None or layer_scale is not None)
         scaled = _scaled(weight, layer_scale)
         dz, h, dbefore = launch(b.backend, "linear_gemm_bwd", d, scaled, z, b.activation, b.registers)
-        return dz, dbefore, *_parameters_bwd(d, total, h, weight, bias, layer_scale)
+        return dz, dbefore, *_parameters_bwd(d, total, h, weight, bias, layer_scale, b)
     plain = (None, None, b.registers, 0.0, None, 0)
     h = launch(b.backend, "linear_epilogue_fwd", z, b.activation, None, *plain)
     outer = b._replace(activation="none")
@@ -145,8 +175,11 @@ def hidden_bwd(grad, z, weight, bias, layer_scale, path_mask, b: Branch) -> tupl
     return dz, dbefore, *gradients
 
 
-def _masked(grad: Tensor, x: Tensor, masks: tuple, b: Branch) -> tuple[Tensor, Tensor]:
-    """(d, Σd): d = mask · dropout · dy in x's dtype."""
+def _masked(grad: Tensor, x: Tensor, masks: tuple, b: Branch, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """(d, Σd): d = mask · dropout · dy in x's dtype. Without ``sums`` nobody wants Σd, and it may be None."""
+    path_mask, registers, dropout, *_ = masks
+    if not (sums or registers or dropout) and path_mask is None and grad.dtype == x.dtype:
+        return grad, None
     like = grad if grad.dtype == x.dtype else grad.new_empty(grad.shape, dtype=x.dtype)
     d, _, total = launch(b.backend, "linear_epilogue_bwd", grad, like, "none", None, *masks)
     return d, total
@@ -159,9 +192,9 @@ def _scaled(weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     return (layer_scale.to(accumulate_dtype(weight.dtype))[:, None] * weight).to(weight.dtype)
 
 
-def _parameters_bwd(d, total, x, weight, bias, layer_scale) -> tuple[Tensor | None, ...]:
+def _parameters_bwd(d, total, x, weight, bias, layer_scale, b: Branch) -> tuple[Tensor | None, ...]:
     """(dweight, dbias, dlayer_scale) of mask · γ · (x Wᵀ + bias) from d and Σd."""
-    dweight = d.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
+    dweight = wgrad(d, x, weight, b.backend)
     if layer_scale is None:
         return dweight, total, None
     scale = layer_scale.to(total.dtype)
@@ -184,7 +217,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_double_backward("linear")
         x, z, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
-        dx, dw, db, dscale = branch_bwd(grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng)
+        dx, dw, db, dscale = branch_bwd(
+            grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, ctx.needs_input_grad[0]
+        )
         db = None if bias is None else db.to(bias.dtype)
         dscale = None if layer_scale is None else dscale.to(layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
@@ -268,8 +303,12 @@ def linear(
     if residual is not None and residual.dtype not in (autocast_dtype(x) or x.dtype, torch.float32):
         limits = dict.fromkeys(("cpu", "cuda"), f"adds no {residual.dtype} residual to {x.dtype}")
     chosen = choose("linear", x, backend, limits)
-    adds = layer_scale is not None or residual is not None or registers
-    if chosen not in ("composed", "reference") and (activation != "none" or adds or dropout or drop_path):
+    if chosen not in ("composed", "reference"):
+        x = x.to(autocast_dtype(x) or x.dtype)
+        adds = layer_scale is not None or residual is not None or registers
+        if not (activation != "none" or adds or dropout or drop_path or _prefers(chosen, "linear_gemm_fwd", x, weight)):
+            chosen = "composed"
+    if chosen not in ("composed", "reference"):
         path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
         branch = Branch(activation, registers, chosen, float(dropout), layer, torch.is_grad_enabled())
         residual = other_than(x, residual)

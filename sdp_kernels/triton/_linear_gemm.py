@@ -110,8 +110,10 @@ _chosen._dynamo_marked_constant = True  # torch.compiler.assume_constant_result,
 
 def prefers(kernel: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the table says that this kernel was measured faster, for such weights on this GPU, than the vendor's GEMM
-    and a pass behind it."""
-    return _chosen(x.device, x.dtype.itemsize, "forward" if kernel == "linear_gemm_fwd" else "backward", form(weight))
+    and a pass behind it. Of the plain products there are none."""
+    return kernel in ("linear_gemm_fwd", "linear_gemm_bwd") and _chosen(
+        x.device, x.dtype.itemsize, "forward" if kernel == "linear_gemm_fwd" else "backward", form(weight)
+    )
 
 
 BACKENDS["triton"].prefers = prefers

@@ -73,7 +73,8 @@ def large_passes(block, batch, autocast):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             passes(block, x, grad)
     events = profiled.events()
-    assert {"aten::mm", "aten::linear"} <= {event.name for event in events}
+    names = {event.name for event in events}
+    assert {"aten::mm", "aten::linear"} <= names or "sdp_kernels_cpp::linear_gemm_fwd" in names  # it has seen products
     return {
         (event.name, str(event.input_shapes))
         for event in events
@@ -92,7 +93,9 @@ def test_fused_block_copies_nothing_as_large_as_the_token_buffer(options, autoca
     """
     dtype = torch.float32 if autocast else torch.bfloat16
     found = large_passes(make(True, dtype, **options), 16, autocast)
-    assert len(found) == 0 or ("gated_ffn" in options and {name for name, _ in found} == {"aten::add"}), found
+    assert len(found) == 0 or (
+        "gated_ffn" in options and len(found) == 1 and {name for name, _ in found} <= set(SUMS)
+    ), found
     found = large_passes(make(False, dtype, **options), 16, autocast)
     assert {"aten::copy_", "aten::clone", "aten::_to_copy", "aten::add"} <= {name for name, _ in found}
 

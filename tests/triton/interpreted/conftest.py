@@ -17,9 +17,11 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "kernels")]
 
 import bfloat16  # noqa: E402
 import guards  # noqa: E402
+import language  # noqa: E402
 import torch  # noqa: E402
 
 bfloat16.install()
+language.install()
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", "Casting complex values|invalid value encountered|overflow encountered")
 

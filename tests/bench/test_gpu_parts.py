@@ -468,6 +468,8 @@ def test_what_needs_a_package_that_is_not_there_says_so(monkeypatch):
         throughput.run(REHEARSAL, "tiny", "kelu", "as they are")
     with pytest.raises(Unavailable, match=r"sdpnet\.train"):
         correctness.run(REHEARSAL, "captured step", {}, "")
+    monkeypatch.setitem(sys.modules, "bench.train_throughput.report", None)
+    assert throughput.summary({}, REHEARSAL) == {"lines": []}
 
 
 def test_compiling_beforehand_measures_nothing():

@@ -69,6 +69,8 @@ def run(setting: Setting, preset: str, activation: str, group: str, wanted: list
 
 
 def summary(results: dict[str, dict], setting: Setting) -> dict:
+    if not results:
+        return {"lines": []}
     from bench.train_throughput import report
 
     return {"lines": [line for result in results.values() for line in (*report.lines(result), "")]}

@@ -80,10 +80,13 @@ def answer(request: dict) -> dict:
 
 
 def mend_interpreter() -> None:
-    """Triton's interpreter calculates with bf16's bits; the tests know how to mend it."""
-    path = ROOT / "tests" / "triton" / "interpreted" / "bfloat16.py"
-    if os.environ.get("TRITON_INTERPRET") == "1" and path.exists():
-        module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("bfloat16", path))
+    """Triton's interpreter calculates with bf16's bits, and slowly; the tests know how to mend both."""
+    folder = ROOT / "tests" / "triton" / "interpreted"
+    if os.environ.get("TRITON_INTERPRET") != "1" or not folder.exists():
+        return
+    for name in ("bfloat16", "language"):
+        found = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
         module.install()
 

@@ -41,7 +41,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs], ids=lambda v: getattr(v, "__name__", str(v))
+)
 def test_wrong_value_names_the_option(name, value):
     with pytest.raises((ValueError, TypeError), match=name):
         SdPNetConfig(**{name: value})

@@ -6,6 +6,7 @@ Every tensor a kernel sees lies between bands of NaN: reading beyond an end spoi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -52,8 +53,9 @@ def compile_source(source: str, *flags: str, shared: bool = True, define: str = 
     folder = Path(tempfile.gettempdir()) / f"sdp-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     made = folder / f"{Path(source).stem}-{digest.hexdigest()[:20]}{'.so' if shared else ''}"
-    if not made.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+    with made.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever wants it at the same time waits for it
+        if not made.exists():
             fresh = Path(work) / "made"
             done = subprocess.run(
                 [*command, str(HERE / source), "-o", str(fresh), "-ldl"], capture_output=True, text=True

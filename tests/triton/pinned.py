@@ -9,6 +9,7 @@ with numpy 2.4.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -42,20 +43,26 @@ def folder() -> Path:
     if _holds_it(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=cache))
+    with (cache / "lock").open("w") as lock:  # several processes may want it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _holds_it(target):
+            _install(target)
+    return target
+
+
+def _install(target: Path) -> None:
+    fresh = Path(tempfile.mkdtemp(dir=target.parent))
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), *REQUIREMENTS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         if done.returncode:
             raise NotAvailable(f"Triton {VERSION} could not be installed: {done.stderr.strip()[-300:]}")
-        if not _holds_it(target):
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
     except (subprocess.TimeoutExpired, OSError) as error:
         raise NotAvailable(f"Triton {VERSION} could not be installed: {error}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return target
 
 
 def environment(*, pinned: bool = True, interpret: bool = False) -> dict[str, str]:

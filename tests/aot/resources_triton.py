@@ -25,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -129,8 +128,8 @@ def _spilled(compiled, capability: int) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
 
 
-def measure(launched: Launched, capability: int) -> dict:
-    """Compile the launch for sm_<capability> and read off what it needs."""
+def compiled(launched: Launched, capability: int):
+    """The launch compiled for sm_<capability>."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,39 +137,53 @@ def measure(launched: Launched, capability: int) -> dict:
     signature, values, hints = _signature(launched)
     source = ASTSource(fn=launched.kernel, signature=signature, constexprs=values, attrs=hints)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": launched.warps})
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [str(tool), "-sass", "-res-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", text)}
-    loads = re.findall(r"\b(LDG(?:STS)?\.E[.\w]*)", text)
-    matrices = sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTMALDG)\b", text)))
+    return triton.compile(source, target=target, options={"num_warps": launched.warps})
+
+
+def _read(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Registers and stack by cuobjdump; instructions by nvdisasm, which need not trace branches."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([str(tools / tool), *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
+        )
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}, code
+
+
+def measure(launched: Launched, capability: int) -> dict:
+    """Compile the launch for sm_<capability> and read off what it needs."""
+    made = compiled(launched, capability)
+    used, code = _read(made.asm["cubin"])
+    loads = re.findall(r"\b(LDG(?:STS)?\.E[.\w]*)", code)
+    matrices = sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTMALDG)\b", code)))
     return {
         "registers": used["REG"],
-        "spill_bytes": _spilled(compiled, capability) if used["STACK"] else 0,
-        "shared_bytes": compiled.metadata.shared,
-        "occupancy": occupancy(used["REG"], compiled.metadata.shared, launched.warps, capability),
+        "spill_bytes": _spilled(made, capability) if used["STACK"] else 0,
+        "shared_bytes": made.metadata.shared,
+        "occupancy": occupancy(used["REG"], made.metadata.shared, launched.warps, capability),
         "warps": launched.warps,
         "ldg128": any(".128" in load for load in loads),
         **({"matrices": " ".join(matrices)} if matrices else {}),
     }
 
 
-def _table(capability: int) -> list[str]:
+def _table(operator: str, capability: int) -> list[str]:
     from sdp_kernels.triton._launch import table_for
 
-    return sorted(table_for(capability))
+    return sorted(key for key in table_for(capability) if key.startswith(f"{operator}/"))
 
 
-def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
-    """Every ``shares``-th entry from the ``share``-th on, for all targets."""
+def measure_all(operator: str, targets: list[str], share: int, shares: int) -> dict[str, dict]:
+    """Every ``shares``-th of the operator's entries from the ``share``-th on, for all targets."""
     found = {}
     for target in targets:
         capability = int(target.removeprefix("sm_"))
-        for key in _table(capability)[share::shares]:
+        for key in _table(operator, capability)[share::shares]:
             found[f"{key}/{target}".replace(" ", "-")] = measure(recorded(key, capability), capability)
     return found
 
@@ -178,32 +191,28 @@ def measure_all(targets: list[str], share: int, shares: int) -> dict[str, dict]:
 # ---- in any process --------------------------------------------------------------------------------------------------
 
 
-@cache
-def _collected(targets: tuple[str, ...], shares: int) -> dict[str, dict]:
+def collect(operator: str, targets: tuple[str, ...] = TARGETS) -> dict[str, dict]:
+    """``<entry of the table>/<target>`` → what :func:`measure` returns. Two processes; in pytest-xdist's worker one."""
     sys.path.insert(0, str(ROOT / "tests" / "triton"))
     from pinned import environment
 
-    command = [sys.executable, __file__, "--measure"]
+    shares = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    command = [sys.executable, __file__, "--measure", operator]
     workers = [
         subprocess.Popen([*command, f"{i}/{shares}", *targets], env=environment(), stdout=subprocess.PIPE, text=True)
         for i in range(shares)
     ]
     answers = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
-        raise RuntimeError("compiling the Triton kernels failed, see above")
-    return {key: row for answer in answers for key, row in json.loads(answer).items()}
-
-
-def collect(operator: str, targets: tuple[str, ...] = TARGETS, shares: int = 2) -> dict[str, dict]:
-    """``<entry of the table>/<target>`` → what :func:`measure` returns."""
-    found = _collected(tuple(targets), shares)
-    return {key.removeprefix(f"{operator}/"): found[key] for key in sorted(found) if key.startswith(f"{operator}/")}
+        raise RuntimeError(f"compiling {operator}'s Triton kernels failed, see above")
+    found = {key: row for answer in answers for key, row in json.loads(answer).items()}
+    return {key.removeprefix(f"{operator}/"): found[key] for key in sorted(found)}
 
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--measure"]:
-        share, shares = map(int, arguments[1].split("/"))
-        print(json.dumps(measure_all(arguments[2:], share, shares)))
+        share, shares = map(int, arguments[2].split("/"))
+        print(json.dumps(measure_all(arguments[1], arguments[3:], share, shares)))
         return
     for operator in resources.operators("triton"):
         for key, row in collect(operator, tuple(arguments) or TARGETS).items():

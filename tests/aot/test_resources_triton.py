@@ -101,8 +101,9 @@ VARIANTS = """
 import json, sys
 sys.path.insert(0, {here!r})
 import resources, resources_triton as r
+read = r.measure if {pinned} else lambda launch, capability: r.compiled(launch, capability).name
 calls = resources.module("triton/{operator}").variants()
-print(json.dumps({{n: [r.measure(one, 90) for one in r.record({operator!r}, call)] for n, call in calls.items()}}))
+print(json.dumps({{n: [read(one, 90) for one in r.record({operator!r}, call)] for n, call in calls.items()}}))
 """
 
 
@@ -113,7 +114,8 @@ def test_variants_compile_without_spilling(which, operator):
         variables = environment(pinned=which == "pinned")
     except NotAvailable as reason:
         pytest.skip(str(reason))  # the pinned Triton is not to be had: another makes other code
-    command = [sys.executable, "-c", VARIANTS.format(here=str(HERE), operator=operator)]
+    script = VARIANTS.format(here=str(HERE), operator=operator, pinned=which == "pinned")
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found, module = json.loads(done.stdout), resources.module(f"triton/{operator}")

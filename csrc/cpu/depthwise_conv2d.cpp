@@ -6,14 +6,22 @@
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
-#define SDP_ALL_DTYPES(KERNEL) {KERNEL<double>, KERNEL<float>, KERNEL<BFloat16>, KERNEL<Float16>}
-extern const DepthwiseTable depthwise_table = {SDP_ALL_DTYPES(forward), SDP_ALL_DTYPES(backward), kVectorBytes};
+#ifdef SDP_DEPTHWISE_PAIRS
+#define SDP_PAIRS(KERNEL) KERNEL<PairedBFloat16>
+#else
+#define SDP_PAIRS(KERNEL) nullptr
+#endif
+#define SDP_ALL_DTYPES(KERNEL) KERNEL<double>, KERNEL<float>, KERNEL<BFloat16>, KERNEL<Float16>
+extern const DepthwiseTable depthwise_table = {{SDP_ALL_DTYPES(forward), SDP_PAIRS(forward)},
+                                               {SDP_ALL_DTYPES(backward), SDP_PAIRS(backward)},
+                                               {SDP_ALL_DTYPES(gather)},
+                                               {SDP_ALL_DTYPES(scatter)},
+                                               kVectorBytes};
 
 }  // namespace SDP_LEVEL_NAMESPACE
 }  // namespace sdp
 
 #if SDP_LEVEL == 0
-#include <memory>
 #include <optional>
 
 #include "cpu/host.h"
@@ -29,46 +37,44 @@ DepthwiseView view_of(const Tensor& t, int64_t registers, int64_t width) {
   return {data, t.stride(0), t.stride(2), width * t.stride(1), t.stride(1)};
 }
 
-// (C, …) parameter with `taps` elements per channel as accumulator type (groups, taps, lanes), zero beyond C.
-Scratch grouped(const Tensor& parameter, int64_t channels, int64_t taps, int64_t lanes, int dtype) {
-  const int64_t groups = (channels + lanes - 1) / lanes, kernel = taps == 1 ? 1 : parameter.size(3);
-  Scratch out(groups * taps * lanes * accumulator_bytes(dtype), true);
-  const int64_t channel = parameter.stride(0), row = taps == 1 ? 0 : parameter.stride(2);
-  const int64_t column = taps == 1 ? 0 : parameter.stride(3);
-  with_data(parameter, [&](const auto* p) {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t offset = c * channel + tap / kernel * row + tap % kernel * column;
-        out.write(((c / lanes) * taps + tap) * lanes + c % lanes, static_cast<double>(p[offset]), dtype);
-      }
-  });
-  return out;
+// A parameter (C, 1, k, k) or (C,), or its gradient, as the pictures of one sample.
+DepthwiseView view_of_parameter(const Tensor& t) {
+  char* data = const_cast<char*>(bytes(t));
+  if (t.dim() == 1) return {data, 0, t.stride(0), 0, 0};
+  return {data, 0, t.stride(0), t.stride(2), t.stride(3)};
 }
 
 // What forward and backward share: shapes, strips, threads.
 struct DepthwisePlan {
+  const DepthwiseTable& table = SDP_ACTIVE_TABLE(depthwise_table);
   DepthwiseCase c{};
-  int dtype;
-  int64_t batch, lanes, groups, buffer_bytes;
+  int dtype, form;
+  int64_t lanes, buffer_bytes, row_bytes;
+  Scratch weight, bias, norm_weight, norm_bias;  // of accumulator type; the case points at them
 
-  DepthwisePlan(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& grid, int64_t vector_bytes)
-      : dtype(dtype_index(x)), batch(x.size(0)) {
+  DepthwisePlan(const Tensor& x, const Tensor& filters, const std::vector<int64_t>& grid) : dtype(dtype_index(x)) {
     const bool picture = x.dim() == 4;
-    c.channels = x.size(picture ? 1 : 2);
+    c.batch = x.size(0), c.channels = x.size(picture ? 1 : 2);
     c.height = picture ? x.size(2) : grid[0];
     c.width = picture ? x.size(3) : grid[1];
-    c.kernel = static_cast<int>(weight.size(3));
-    lanes = vector_bytes / accumulator_bytes(dtype);
-    groups = (c.channels + lanes - 1) / lanes;
-    const int64_t border = c.kernel / 2, row_bytes = (c.width + 2 * border) * vector_bytes;
+    c.kernel = static_cast<int>(filters.size(3));
+    form = dtype == kBFloat16 && table.forward[kDepthwisePairs] != nullptr && has_bf16_pairs() ? kDepthwisePairs : dtype;
+    lanes = table.vector_bytes / accumulator_bytes(dtype);
+    c.groups = (c.channels + lanes - 1) / lanes;
+    const int64_t border = c.kernel / 2;
+    row_bytes = (c.width + 2 * border) * table.vector_bytes;
     constexpr int64_t kStripBytes = 96 * 1024;  // well inside a level-2 cache; a whole 28×28 picture
     c.strip = std::min(c.height, std::max<int64_t>(4, kStripBytes / row_bytes - 2 * border));
     buffer_bytes = (c.strip + 2 * border) * row_bytes;
+    weight = gathered(filters, c.kernel), c.weight = weight.get();
   }
-  int64_t row_bytes(int64_t vector_bytes) const { return c.width * vector_bytes; }
+  Scratch gathered(const Tensor& parameter, int64_t kernel) const {
+    Scratch out(c.groups * kernel * kernel * table.vector_bytes);
+    table.gather[dtype](view_of_parameter(parameter), c.channels, kernel, kernel, out.get());
+    return out;
+  }
 
-  // LayerNorm to apply while loading x; its parameters are held here.
-  Scratch norm_weight, norm_bias;
+  // LayerNorm to apply while loading x.
   void fold(const std::optional<Tensor>& mean, const std::optional<Tensor>& rstd, const std::optional<Tensor>& weight,
             const std::optional<Tensor>& bias, int64_t registers, bool picture) {
     if (!mean) return;
@@ -80,28 +86,30 @@ struct DepthwisePlan {
     norm_weight = widened(*weight, dtype), norm_bias = widened(*bias, dtype);
     c.norm_weight = norm_weight.get(), c.norm_bias = norm_bias.get();
   }
+
+  // Runs a kernel over items worth `cost` each; `buffers` packed strips, and a row of results that runs may write past.
+  template <class Kernels>
+  void run(const Kernels& kernels, int64_t items, int64_t cost, int64_t buffers) const {
+    parallel(items, cost * c.height * c.width * lanes, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(buffers * buffer_bytes + row_bytes + 4 * table.vector_bytes);
+      kernels[form](c, begin, end, scratch.get());
+    });
+  }
 };
 
 Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             std::vector<int64_t> grid, int64_t registers, const std::optional<Tensor>& mean,
                             const std::optional<Tensor>& rstd, const std::optional<Tensor>& norm_weight,
                             const std::optional<Tensor>& norm_bias) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   zero_registers(y, registers);
   if (x.numel() == 0) return y;
-  const DepthwiseTable& table = SDP_ACTIVE_TABLE(depthwise_table);
-  DepthwisePlan plan(x, weight, grid, table.vector_bytes);
+  DepthwisePlan plan(x, weight, grid);
   plan.fold(mean, rstd, norm_weight, norm_bias, registers, x.dim() == 4);
   DepthwiseCase& c = plan.c;
   c.x = view_of(x, registers, c.width), c.y = view_of(y, registers, c.width);
-  const Scratch wide = grouped(weight, c.channels, c.kernel * c.kernel, plan.lanes, plan.dtype);
-  const Scratch start = bias ? grouped(*bias, c.channels, 1, plan.lanes, plan.dtype) : Scratch();
-  c.weight = wide.get(), c.bias = start.get();
-  parallel(plan.batch * plan.groups, c.height * c.width * plan.lanes * 4, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(plan.buffer_bytes + plan.row_bytes(table.vector_bytes));
-    for (int64_t i = begin; i < end; ++i)
-      table.forward[plan.dtype](c, i / plan.groups, i % plan.groups, scratch.get());
-  });
+  if (bias) plan.bias = plan.gathered(*bias, 1), c.bias = plan.bias.get();
+  plan.run(plan.table.forward, c.batch * c.groups, 4, 1);
   return y;
 }
 
@@ -112,46 +120,26 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
                                                         const std::optional<Tensor>& norm_weight,
                                                         const std::optional<Tensor>& norm_bias) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "depthwise_conv2d_bwd: grad must have x's dtype");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   zero_registers(dx, registers);
-  const DepthwiseTable& table = SDP_ACTIVE_TABLE(depthwise_table);
-  DepthwisePlan plan(x, weight, grid, table.vector_bytes);
+  DepthwisePlan plan(x, weight, grid);
   plan.fold(mean, rstd, norm_weight, norm_bias, registers, x.dim() == 4);
-  const DepthwiseCase& c = plan.c;
-  const int64_t taps = c.kernel * c.kernel;
-  plan.c.x = view_of(x, registers, c.width), plan.c.y = view_of(dx, registers, c.width);
-  plan.c.grad = view_of(grad, registers, c.width);
-  const Scratch wide = grouped(weight, c.channels, taps, plan.lanes, plan.dtype);
-  plan.c.weight = wide.get();
+  DepthwiseCase& c = plan.c;
+  c.x = view_of(x, registers, c.width), c.y = view_of(dx, registers, c.width);
+  c.grad = view_of(grad, registers, c.width);
 
   constexpr int64_t kBlocks = 16;
-  const int64_t per_block = std::max<int64_t>(1, (plan.batch + kBlocks - 1) / kBlocks);
-  const int64_t blocks = (plan.batch + per_block - 1) / per_block;
-  const int64_t dw_bytes = plan.groups * taps * table.vector_bytes, db_bytes = plan.groups * table.vector_bytes;
-  const Scratch dweight(blocks * dw_bytes, true), dbias(blocks * db_bytes, true);
-  if (x.numel() != 0) {
-    parallel(blocks * plan.groups, per_block * c.height * c.width * plan.lanes * 8, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(2 * plan.buffer_bytes + plan.row_bytes(table.vector_bytes));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / plan.groups;
-        DepthwiseCase mine = c;
-        mine.dweight = static_cast<char*>(dweight.get()) + block * dw_bytes;
-        mine.dbias = static_cast<char*>(dbias.get()) + block * db_bytes;
-        for (int64_t sample = block * per_block; sample < std::min(plan.batch, (block + 1) * per_block); ++sample)
-          table.backward[plan.dtype](mine, sample, i % plan.groups, scratch.get());
-      }
-    });
-  }
-  Tensor dw = torch::stable::new_empty(weight, {c.channels, 1, c.kernel, c.kernel});
-  Tensor db = torch::stable::new_empty(weight, {c.channels});
-  const std::vector<double> dw_sums = block_sums(dweight, blocks, plan.groups * taps * plan.lanes, plan.dtype);
-  const std::vector<double> db_sums = block_sums(dbias, blocks, plan.groups * plan.lanes, plan.dtype);
-  std::vector<double> in_order(c.channels * taps);
-  for (int64_t ch = 0; ch < c.channels; ++ch)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      in_order[ch * taps + tap] = dw_sums[((ch / plan.lanes) * taps + tap) * plan.lanes + ch % plan.lanes];
-  write_rounded(dw, in_order);
-  write_rounded(db, {db_sums.begin(), db_sums.begin() + c.channels});
+  c.block = std::max<int64_t>(1, (c.batch + kBlocks - 1) / kBlocks);
+  const int64_t blocks = std::max<int64_t>(1, (c.batch + c.block - 1) / c.block), items = blocks * c.groups;
+  const Scratch dweight(items * c.kernel * c.kernel * plan.table.vector_bytes, true);
+  const Scratch dbias(items * plan.table.vector_bytes, true);
+  c.dweight = dweight.get(), c.dbias = dbias.get();
+  if (x.numel() != 0) plan.run(plan.table.backward, items, 8 * c.block, 2);
+  Tensor dw = allocate(weight, {c.channels, 1, c.kernel, c.kernel});
+  Tensor db = allocate(weight, {c.channels});
+  const auto scatter = plan.table.scatter[plan.dtype];
+  scatter(view_of_parameter(dw), c.channels, c.kernel, c.kernel, c.dweight, blocks);
+  scatter(view_of_parameter(db), c.channels, 1, 1, c.dbias, blocks);
   return {dx, dw, db};
 }
 

@@ -158,15 +158,56 @@ SDP_HOST_DEVICE Vector<T> rounded(Vector<T> v) {
   else return v;
 }
 
+// The first `count` elements of a vector of 16-bit elements, which may be none or all; the others are 0.
+template <class T>
+SDP_HOST_DEVICE HalfBits load_bits_part(const T* p, int count) {
+#if SDP_LEVEL == 2
+  return (HalfBits)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+#else
+  if (count == VectorOf<float>::lanes) return load_bytes<HalfBits>(p);
+  HalfBits half{};
+  for (int i = 0; i < count; ++i) half[i] = p[i].bits;
+  return half;
+#endif
+}
+template <class T>
+SDP_HOST_DEVICE void store_bits_part(T* p, HalfBits half, int count) {
+  if (count == VectorOf<float>::lanes) {
+    memcpy(p, &half, sizeof(half));
+    return;
+  }
+#if SDP_LEVEL == 2
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)half);
+#else
+  for (int i = 0; i < count; ++i) p[i].bits = half[i];
+#endif
+}
+
 // The first `count` lanes, `stride` elements apart; the other lanes are 0. Stride 0 repeats one element.
 template <class T>
 SDP_HOST_DEVICE Vector<T> load_part(const T* p, int count, int64_t stride = 1) {
+#if SDP_LEVEL == 2
+  if (stride == 1) {
+    if constexpr (sizeof(T) == 8) return (Vector<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+    else if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+    else return widen(load_bits_part(p, count), T());
+  }
+#endif
+  if (stride == 1 && count == kLanes<T>) return load(p);
   T lanes[kLanes<T>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i * stride];
   return load(lanes);
 }
 template <class T>
 SDP_HOST_DEVICE void store_part(T* p, Vector<T> v, int count, int64_t stride = 1) {
+  if (stride == 1 && count == kLanes<T>) return store(p, v);
+#if SDP_LEVEL == 2
+  if (stride == 1) {
+    if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+    else if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+    else return store_bits_part(p, round_to(v, T()), count);
+  }
+#endif
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i * stride] = lanes[i];
@@ -187,22 +228,59 @@ inline auto horizontal_sum(V v) {
   }
 }
 
-// Transposes a square of lanes × lanes in place: log₂(lanes) rounds that interleave row i with row i + lanes/2.
+// Rows of vectors, the elements counted through row after row: log₂(Times) rounds that interleave row i with row
+// i + count/2, each of which moves the first bit of an element's number to its end. A matrix of Times rows is transposed.
 template <int First, class V, int... I>
 inline V interleaved(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * int(sizeof...(I)))...);
 }
-template <class V, int lanes>
-inline __attribute__((always_inline)) void transpose(V (&rows)[lanes]) {
+template <int Times, class V, int count>
+inline __attribute__((always_inline)) void interleave_rows(V (&rows)[count]) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
   using Lanes = std::make_integer_sequence<int, lanes>;
-  SDP_UNROLL for (int size = 1; size < lanes; size *= 2) {
-    V next[lanes];
-    SDP_UNROLL for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = interleaved<0>(rows[i], rows[i + lanes / 2], Lanes());
-      next[2 * i + 1] = interleaved<lanes / 2>(rows[i], rows[i + lanes / 2], Lanes());
+  SDP_UNROLL for (int size = 1; size < Times; size *= 2) {
+    V next[count];
+    SDP_UNROLL for (int i = 0; i < count / 2; ++i) {
+      next[2 * i] = interleaved<0>(rows[i], rows[i + count / 2], Lanes());
+      next[2 * i + 1] = interleaved<lanes / 2>(rows[i], rows[i + count / 2], Lanes());
     }
-    SDP_UNROLL for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+    SDP_UNROLL for (int i = 0; i < count; ++i) rows[i] = next[i];
   }
+}
+
+// Transposes a square of lanes × lanes in place.
+template <class V, int lanes>
+inline __attribute__((always_inline)) void transpose(V (&rows)[lanes]) { interleave_rows<lanes>(rows); }
+
+// Vectors of 16-bit elements one behind the other, and the two halves of such a vector.
+using DoubleBits __attribute__((vector_size(kVectorBytes))) = uint16_t;
+template <int... I>
+inline Bits joined(HalfBits a, HalfBits b, std::integer_sequence<int, I...>) {
+  return bit_cast<Bits>(__builtin_shufflevector(a, b, I...));
+}
+SDP_HOST_DEVICE Bits joined(HalfBits a, HalfBits b) {
+  return joined(a, b, std::make_integer_sequence<int, 2 * VectorOf<float>::lanes>());
+}
+template <int Half, int... I>
+inline HalfBits half_of(Bits x, std::integer_sequence<int, I...>) {
+  const DoubleBits both = bit_cast<DoubleBits>(x);
+  return __builtin_shufflevector(both, both, (I + Half * int(sizeof...(I)))...);
+}
+template <int Half>
+SDP_HOST_DEVICE HalfBits half_of(Bits x) {
+  return half_of<Half>(x, std::make_integer_sequence<int, VectorOf<float>::lanes>());
+}
+
+// Two 16-bit elements per lane, the first in the lower half.
+template <class T>
+SDP_HOST_DEVICE Floats widen_low(Bits pair, T) { return widen(__builtin_convertvector(pair & 0xffffu, HalfBits), T()); }
+template <class T>
+SDP_HOST_DEVICE Floats widen_high(Bits pair, T) { return widen(__builtin_convertvector(pair >> 16, HalfBits), T()); }
+SDP_HOST_DEVICE Floats widen_low(Bits pair, BFloat16) { return bit_cast<Floats>(pair << 16); }
+SDP_HOST_DEVICE Floats widen_high(Bits pair, BFloat16) { return bit_cast<Floats>(pair & 0xffff0000u); }
+template <class T>
+SDP_HOST_DEVICE Bits round_to_pair(Floats low, Floats high, T) {
+  return __builtin_convertvector(round_to(low, T()), Bits) | __builtin_convertvector(round_to(high, T()), Bits) << 16;
 }
 
 }  // namespace

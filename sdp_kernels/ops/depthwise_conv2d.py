@@ -129,7 +129,9 @@ def depthwise_conv2d(
 
     The CUDA backend multiplies bfloat16 and float16 on tensor cores (not the 3×3 forward pass): there a value that is
     not finite spoils all 8 columns of each block of outputs whose 16 columns of inputs contain it, not just k of them;
-    rows, channels and images stay apart.
+    rows, channels and images stay apart. The CPU backend multiplies bfloat16 in pairs of neighbours where the processor
+    does (AVX512_BF16): subnormal values then count as 0, and an infinite one gives NaN where F.conv2d may give
+    infinity, in no other outputs than those that see it.
 
     Backward keeps x and weight (and the norm's parts) and recomputes what was normalised. Twice differentiable in eager
     mode. Source: Chollet, "Xception" (2017); the k×k forms as in ConvNeXt and ConvMixer.

@@ -7,10 +7,11 @@ import pytest
 import torch
 from _cases import on_backends_of
 from _layouts import normal
-from _numerics import DTYPES, differentiate
+from _numerics import DTYPES, NARROW, assert_as_exact, differentiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 import sdp_kernels as sk
 from sdp_kernels.ops.depthwise_conv2d import KERNEL_SIZES
@@ -122,6 +123,91 @@ def test_any_picture(backend, sizes, k, channels_last, bias):
 
     for a, b in zip(sum(differentiate(ours, inputs), ()), sum(differentiate(same, inputs), ()), strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+# Whole and broken vectors of columns and of channels; the last goes through in several strips.
+PICTURES = [(2, 32, 4, 16), (1, 37, 7, 7), (2, 20, 5, 14), (1, 16, 3, 17), (1, 18, 2, 5), (1, 16, 40, 66)]
+
+
+def grouped(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", PICTURES, ids=str)
+@pytest.mark.parametrize("k", KERNEL_SIZES)
+def test_as_exact_as_a_grouped_convolution(backend, k, size, layout, dtype):
+    channels = size[1]
+    inputs = [normal(*size, dtype=dtype).contiguous(memory_format=layout)]
+    inputs += [normal(channels, 1, k, k, seed=1, dtype=dtype), normal(channels, seed=2, dtype=dtype)]
+    grads = [normal(*size, seed=3, dtype=dtype).contiguous(memory_format=layout)]
+    results = [
+        sum(differentiate(function, tensors, grads), ())
+        for function, tensors in (
+            (lambda *t: sk.depthwise_conv2d(*t, backend=backend), inputs),
+            (grouped, [t.double() for t in inputs]),
+            (grouped, inputs),
+        )
+    ]
+    pixels = size[0] * size[2] * size[3]
+    for name, got, exact, peer in zip(("y", "dx", "dweight", "dbias"), *results, strict=True):
+        assert_as_exact(name, got, exact, peer, rows=pixels if name.startswith("dw") or name == "dbias" else k * k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_places_in_the_batch_give_the_same_bits(backend, dtype):
+    """dweight and dbias at any number of threads, y and dx of a sample wherever it stands."""
+    x, grad = normal(6, 24, 9, 11, dtype=dtype), normal(6, 24, 9, 11, seed=3, dtype=dtype)
+    weight, bias = normal(24, 1, 7, 7, seed=1, dtype=dtype), normal(24, seed=2, dtype=dtype)
+
+    def run(index):
+        return sum(
+            differentiate(lambda *t: sk.depthwise_conv2d(*t, backend=backend), [x[index], weight, bias], [grad[index]]),
+            (),
+        )
+
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(run(slice(None)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+    turned, alone = run(torch.arange(6).flip(0)), run(slice(2, 3))
+    for a, b, c in zip(results[0][:2], turned, alone):
+        assert torch.equal(a, b.flip(0)) and torch.equal(a[2:3], c)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", KERNEL_SIZES)
+def test_what_is_not_finite_stays_within_the_window(backend, k, dtype, value):
+    """Also where products are taken in pairs: the outputs that see the value, and no other."""
+    x, weight = normal(1, 3, 11, 17, dtype=dtype), normal(3, 1, k, k, seed=1, dtype=dtype)
+    wanted = torch.zeros(1, 3, 11, 17, dtype=torch.bool)
+    for row, column in ((4, 6), (0, 16)):
+        x[0, 1, row, column] = value
+        top, left = max(row - k // 2, 0), max(column - k // 2, 0)
+        wanted[0, 1, top : row + k // 2 + 1, left : column + k // 2 + 1] = True
+    weight[weight == 0] = 1
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = normal(1, 3, 11, 17, seed=2, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+        grad = x.contiguous(memory_format=memory_format)
+        y = sk.depthwise_conv2d(grad, weight, backend=backend)
+        assert torch.equal(~torch.isfinite(y), wanted)
+        (dx,) = torch.autograd.grad(sk.depthwise_conv2d(leaf, weight, backend=backend), leaf, grad)
+        assert torch.equal(~torch.isfinite(dx), wanted)
+
+
+def test_subnormal_bfloat16_counts_as_itself_or_as_zero(backend):
+    """Which of the two depends on the processor; normal values beside it are not touched."""
+    tiny = torch.finfo(torch.bfloat16).tiny
+    x = torch.full((1, 2, 5, 6), tiny / 8, dtype=torch.bfloat16)
+    x[0, 0, 2, 3] = 1.0
+    y = sk.depthwise_conv2d(x, torch.ones(2, 1, 3, 3, dtype=torch.bfloat16), backend=backend)
+    wanted = F.conv2d(x.double(), torch.ones(2, 1, 3, 3, dtype=torch.float64), padding=1, groups=2)
+    assert ((y.double() - wanted).abs() <= 9 * tiny / 8).all() and (y[0, 0, 1:4, 2:5] == 1).all()
 
 
 def test_module(backend):

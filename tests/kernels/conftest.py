@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdp_kernels.backends import BACKENDS
+
+# Kernels for one kind of processor; a skip would say that something is missing here.
+collect_ignore = [] if BACKENDS["cpu"].multiplies_bf16 else ["test_linear_gemm.py"]
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -14,6 +19,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_report_header() -> str:
+    why = "this processor multiplies no pairs of bf16, or has a matrix unit for them"
+    return f"left out: {', '.join(collect_ignore)} ({why})" if collect_ignore else "bf16 GEMMs of our own: tested"
 
 
 def pytest_collection_modifyitems(items):

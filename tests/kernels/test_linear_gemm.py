@@ -13,8 +13,6 @@ from sdp_kernels.backends import BACKENDS
 
 OPS = torch.ops.sdp_kernels_cpp
 BF16 = torch.bfloat16
-MISSING = BACKENDS["cpu"].absent or "this processor multiplies no pairs of bf16, or has a matrix unit for them"
-pytestmark = pytest.mark.skipif(not BACKENDS["cpu"].multiplies_bf16, reason=f"cpu: {MISSING}")
 SHAPES = [(1, 1, 2, 2), (1, 7, 6, 4), (2, 9, 34, 18), (2, 50, 64, 48), (3, 11, 66, 50), (1, 5, 98, 130), (0, 5, 8, 8)]
 """(B, T, in, out): rows around a tile's 8, columns around a vector's 16 and a panel's 48, sums around 32."""
 LONG = (2, 3500, 6, 10)

@@ -181,7 +181,9 @@ def _attention(key: list[str], dtype: torch.dtype, device: str, elements: int) -
     from sdp_kernels.triton import register_attention
 
     d = {"d64": 64, "d96": 96, "d128": 128}.get(key[2], 64)
-    tokens, heads = (261, 768 // d) if elements > 2**20 else (20, 1)
+    large, flash = elements > 2**20, not key[1].endswith("_short")
+    tokens = 577 if flash else 261 if key[1] == "forward_short" else 197
+    tokens, heads = (tokens, 768 // d) if large else (300 if flash else 20, 1)
     batch = max(2, elements // (3 * tokens * heads * d))
     limits = (1e-5, d**-0.5, 5, "all", 0.0, None, 0)
 
@@ -192,7 +194,7 @@ def _attention(key: list[str], dtype: torch.dtype, device: str, elements: int) -
     def forward(qkv: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return register_attention.register_attention_fwd(qkv, w, w, w, w, *limits)
 
-    if key[1] == "forward":
+    if key[1].startswith("forward"):
         return Workload(make, lambda qkv, grad, w: list(forward(qkv, w)))
 
     def backward(qkv: Tensor, grad: Tensor, w: Tensor) -> list[Tensor]:

@@ -67,20 +67,31 @@ def _standardise(low, high, eps, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.co
 
 
 @triton.jit
-def _normed(
+def _normed_wide(
     ptr, across, exists, weight_ptr, bias_ptr, weight_step, bias_step, eps,
     D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q or k of some rows in its own dtype, normalised if there is a norm."""
+    """q or k of some rows, normalised in ACC if there is a norm; else as they are."""
     low, high = _parts(ptr, across, exists, D, LOW, HIGH)
     if weight_ptr is None:
         return low, high
     else:
-        kind = ptr.dtype.element_ty
         unit_low, unit_high, _ = _standardise(low.to(ACC), high.to(ACC), eps, D, LOW, HIGH)
         weight_low, weight_high = _parameter(weight_ptr, weight_step, D, LOW, HIGH, ACC)
         bias_low, bias_high = _parameter(bias_ptr, bias_step, D, LOW, HIGH, ACC)
-        return (unit_low * weight_low + bias_low).to(kind), (unit_high * weight_high + bias_high).to(kind)
+        return unit_low * weight_low + bias_low, unit_high * weight_high + bias_high
+
+
+@triton.jit
+def _normed(
+    ptr, across, exists, weight_ptr, bias_ptr, weight_step, bias_step, eps,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """:func:`_normed_wide`, rounded to the rows' own dtype."""
+    low, high = _normed_wide(
+        ptr, across, exists, weight_ptr, bias_ptr, weight_step, bias_step, eps, D, LOW, HIGH, ACC
+    )  # fmt: skip
+    return low.to(ptr.dtype.element_ty), high.to(ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -197,36 +208,56 @@ def forward(
 
 
 @triton.jit
-def _through_norm(
-    ptr, across, exists, low, high, weight_ptr, weight_step, eps, out, out_across, partial_ptr, programs,
+def _norm_backward(
+    ptr, across, exists, low, high, weight_ptr, weight_step, eps,
     D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of the rows at ``ptr`` from that of their norm's result, (low, high), and this program's
-    partial sums (2, programs, D) of the norm's weight and bias; without a norm just the gradient."""
+    """The gradient of the rows at ``ptr`` from that of their norm's result, (low, high), in two parts, and the sums
+    over these rows of the weight's and the bias's gradients, in two parts each; without a norm what came in."""
     if weight_ptr is None:
-        _store(out, out_across, exists, low, high, D, LOW, HIGH)
+        return low, high, (low, high, low, high)
     else:
         x_low, x_high = _parts(ptr, across, exists, D, LOW, HIGH)
         unit_low, unit_high, rstd = _standardise(x_low.to(ACC), x_high.to(ACC), eps, D, LOW, HIGH)
         weight_low, weight_high = _parameter(weight_ptr, weight_step, D, LOW, HIGH, ACC)
         low = tl.where(exists[:, None], low, 0.0)
         high = tl.where(exists[:, None], high, 0.0)
-        at = partial_ptr + tl.program_id(0).to(tl.int64) * D
-        bias_at = at + programs.to(tl.int64) * D
-        column = tl.arange(0, LOW)
-        tl.store(at + column, tl.sum(low * unit_low, 0), column < D)
-        tl.store(bias_at + column, tl.sum(low, 0), column < D)
-        if HIGH > 0:
-            column = LOW + tl.arange(0, HIGH)
-            tl.store(at + column, tl.sum(high * unit_high, 0), column < D)
-            tl.store(bias_at + column, tl.sum(high, 0), column < D)
+        sums = (tl.sum(low * unit_low, 0), tl.sum(high * unit_high, 0), tl.sum(low, 0), tl.sum(high, 0))
         low *= weight_low
         high *= weight_high
         mean = (_row_sums(low, high, HIGH) / D)[:, None]
         slope = (_row_sums(low * unit_low, high * unit_high, HIGH) / D)[:, None]
         low = (low - mean - unit_low * slope) * rstd[:, None]
         high = (high - mean - unit_high * slope) * rstd[:, None]
-        _store(out, out_across, exists, low, high, D, LOW, HIGH)
+        return low, high, sums
+
+
+@triton.jit
+def _store_sums(ptr, programs, sums, D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """This program's row of the partial sums (2, programs, D) of a norm's weight and bias."""
+    at = ptr + tl.program_id(0).to(tl.int64) * D
+    bias_at = at + programs.to(tl.int64) * D
+    column = tl.arange(0, LOW)
+    tl.store(at + column, sums[0], column < D)
+    tl.store(bias_at + column, sums[2], column < D)
+    if HIGH > 0:
+        column = LOW + tl.arange(0, HIGH)
+        tl.store(at + column, sums[1], column < D)
+        tl.store(bias_at + column, sums[3], column < D)
+
+
+@triton.jit
+def _through_norm(
+    ptr, across, exists, low, high, weight_ptr, weight_step, eps, out, out_across, partial_ptr, programs,
+    D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Writes what :func:`_norm_backward` returns, the sums as this program's partial ones."""
+    low, high, sums = _norm_backward(
+        ptr, across, exists, low, high, weight_ptr, weight_step, eps, D, LOW, HIGH, ACC
+    )  # fmt: skip
+    if weight_ptr is not None:
+        _store_sums(partial_ptr, programs, sums, D, LOW, HIGH)
+    _store(out, out_across, exists, low, high, D, LOW, HIGH)
 
 
 @_jit
@@ -260,7 +291,9 @@ def backward_queries(
     lse = tl.load(lse_ptr + (sample * heads + head) * tokens + query, exists, other=float("inf")) * LOG2E
     dq_low = tl.zeros([QUERIES, LOW], ACC)
     dq_high = tl.zeros([QUERIES, HIGH if HIGH > 0 else LOW], ACC)
-    for first in tl.range(0, tokens, KEYS, num_stages=STAGES):
+    beyond = 0
+    for first in tl.range(0, tokens, KEYS, num_stages=STAGES, disable_licm=True):
+        beyond = first >> 30  # 0, but the compiler can't tell: pointers are made again after the loop, not kept
         key = first + tl.arange(0, KEYS)
         k_ptr = _rows(qkv_ptr + x_which, sample, head, key, x_batch, x_token, x_head, BY)
         k_low, k_high = _normed(
@@ -279,6 +312,9 @@ def backward_queries(
         dq_low = tl.dot(dscores, k_low, dq_low, input_precision=PRECISION, out_dtype=ACC)
         if HIGH > 0:
             dq_high = tl.dot(dscores, k_high, dq_high, input_precision=PRECISION, out_dtype=ACC)
+    query += beyond
+    q_ptr = _rows(qkv_ptr, sample, head, query, x_batch, x_token, x_head, BY)
+    exists = query < tokens
     out = dqkv_ptr + (((sample * tokens + query) * 3) * heads + head) * D
     _through_norm(
         q_ptr, x_column, exists, dq_low * SCALE, dq_high * SCALE, q_weight_ptr, q_weight_step, eps, out, 1,
@@ -312,7 +348,9 @@ def backward_keys(
     dk_high = tl.zeros([KEYS, HIGH if HIGH > 0 else LOW], ACC)
     dv_low = tl.zeros([KEYS, LOW], ACC)
     dv_high = tl.zeros([KEYS, HIGH if HIGH > 0 else LOW], ACC)
-    for first in tl.range(0, tokens, QUERIES, num_stages=STAGES):
+    beyond = 0
+    for first in tl.range(0, tokens, QUERIES, num_stages=STAGES, disable_licm=True):
+        beyond = first >> 30  # as above
         query = first + tl.arange(0, QUERIES)
         there = query < tokens
         q_low, q_high = _normed(
@@ -345,6 +383,9 @@ def backward_keys(
         if HIGH > 0:
             dv_high = tl.dot(dropped.to(kind), g_high, dv_high, input_precision=PRECISION, out_dtype=ACC)
             dk_high = tl.dot(dscores, q_high, dk_high, input_precision=PRECISION, out_dtype=ACC)
+    key += beyond
+    k_ptr = _rows(qkv_ptr + x_which, sample, head, key, x_batch, x_token, x_head, BY)
+    exists = key < tokens
     out = dqkv_ptr + (((sample * tokens + key) * 3 + 1) * heads + head) * D
     _store(out + heads * D, 1, exists, dv_low, dv_high, D, LOW, HIGH)
     _through_norm(

@@ -1,8 +1,10 @@
 """Attention over register and image tokens, q/k norms inside: geometry and launches.
 
-Flash-style: of the (T, T) weights nothing is written. Forward goes over the keys for each block of queries; backward
-once over the keys for dq and once over the queries for dk and dv, which is what no atomics cost: seven products of
-blocks instead of five. Gradients of the norms are partial sums, one row per program, added in their order.
+Of the (T, T) weights nothing is written. Where the table has an entry for it and T is within its limit, all of a head
+stays on chip: forward normalises each row once and needs no running maximum, backward is one kernel with five products
+per pair of blocks. Else it is flash-style: forward goes over the keys for each block of queries; backward once over the
+keys for dq and once over the queries for dk and dv, seven products, which is what no atomics cost there. Gradients of
+the norms are partial sums, one row per program, added in their order.
 """
 
 import math
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from . import _linear_kernels
 from . import _register_attention_kernels as kernels
+from . import _register_attention_short_kernels as short
 from ._launch import ACCUMULATOR, configuration, launch, register
 from ._philox import STREAMS, threshold_and_scale
 
@@ -56,25 +59,47 @@ def heads_of(t: Tensor, heads: int) -> tuple[int, int, int, int]:
     return t.stride(0), t.stride(1), t.stride(2) * (t.shape[2] // heads), t.stride(2)
 
 
-def constants(qkv: Tensor, entry: dict, scale: float, attend: str, dropout: float, by: int) -> dict:
-    tokens, d = qkv.shape[1], qkv.shape[4]
+def constants(qkv: Tensor, entry: dict, scale: float, attend: str, by: int) -> dict:
+    """What all kernels take."""
+    d = qkv.shape[4]
     low, high = head_tiles(d)
     return {
         "warps": entry["warps"],
-        "QUERIES": entry["queries"],
-        "KEYS": entry["keys"],
-        "STAGES": entry["stages"],
         "D": d,
         "LOW": low,
         "HIGH": high,
         "SCALE": scale,
         "ATTEND": attend,
-        "DROPOUT": dropout > 0,
-        "QUADS": tokens % 4 == 0,
         "BY": by,
         "PRECISION": precision(qkv.dtype),
         "ACC": ACCUMULATOR[qkv.dtype],
     }
+
+
+def blocks(entry: dict, tokens: int, dropout: float) -> dict:
+    """What the flash-style kernels take besides."""
+    sizes = {"QUERIES": entry["queries"], "KEYS": entry["keys"], "STAGES": entry["stages"]}
+    return sizes | {"DROPOUT": dropout > 0, "QUADS": tokens % 4 == 0}
+
+
+def parts(tokens: int, least: int, most: int) -> dict:
+    """PARTS and STARTS: tiles of ``most`` tokens, before them smaller ones, powers of two from ``least`` on. Only the
+    last tile reaches beyond the last token, by less than ``least``."""
+    rest, found = -(-tokens // least) * least % most, []
+    while rest:
+        found.insert(0, 1 << (rest.bit_length() - 1))
+        rest -= found[0]
+    found += [most] * (tokens // most + (tokens % most > most - least))
+    return {"PARTS": tuple(found), "STARTS": tuple(sum(found[:i]) for i in range(len(found)))}
+
+
+def short_entry(qkv: Tensor, which: str, q_weight: Tensor | None, dropout: float) -> dict | None:
+    """The launch of the kernel for few tokens, if that is to be taken. Drawing masks beside a whole head's scores would
+    take more registers than there are; q as it came, more shared memory than two heads of 96 columns leave."""
+    tokens, d = qkv.shape[1], qkv.shape[4]
+    entry = configuration(qkv, OPERATOR, f"{which}_short", size(d))
+    fits = entry is not None and tokens <= entry["tokens"] and (d <= 64 or q_weight is not None)
+    return entry if fits and dropout == 0 else None
 
 
 def masks(dropout: float, layer: int) -> tuple[int, float, int]:
@@ -97,19 +122,34 @@ def register_attention_fwd(
     rng: Tensor | None,
     layer: int,
 ) -> tuple[Tensor, Tensor]:
-    """(y, lse); qkv of any strides. Reads q once, k and v once per block of queries, from the cache."""
+    """(y, lse); qkv of any strides. Reads q once; k and v once per program, of which a head has one or, in small
+    batches, several (no bit depends on that), flash-style one per block of queries."""
     batch, tokens, _, heads, d = qkv.shape
     y = qkv.new_empty((batch, tokens, heads * d))
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     lse = qkv.new_empty((batch, heads, tokens), dtype=wide)
-    entry = configuration(qkv, OPERATOR, "forward", size(d))
     norms = (q_weight, q_bias, k_weight, k_bias)
+    entry = short_entry(qkv, "forward", q_weight, dropout)
+    sizes, by = (tokens, heads, registers, eps), divisor(d, qkv.stride())
+    if entry is not None:
+        split = min(triton.cdiv(tokens, entry["queries"]), triton.cdiv(entry["programs"], max(1, batch * heads)))
+        launch(
+            short.forward,
+            (batch * heads * split,),
+            *(qkv, *norms, y, lse, *sizes, split, *steps(*norms), *qkv.stride()),
+            **constants(qkv, entry, scale, attend, by),
+            **parts(tokens, 16, entry["part"]),
+            QUERIES=entry["queries"],
+        )
+        return y, lse
+    entry = configuration(qkv, OPERATOR, "forward", size(d))
     launch(
         kernels.forward,
         (batch * heads * triton.cdiv(tokens, entry["queries"]),),
         *(qkv, *norms, rng if dropout > 0 else None, y, lse),
-        *(tokens, heads, registers, eps, *masks(dropout, layer), *steps(*norms), *qkv.stride()),
-        **constants(qkv, entry, scale, attend, dropout, divisor(d, qkv.stride())),
+        *(*sizes, *masks(dropout, layer), *steps(*norms), *qkv.stride()),
+        **constants(qkv, entry, scale, attend, by),
+        **blocks(entry, tokens, dropout),
     )
     return y, lse
 
@@ -156,21 +196,38 @@ def register_attention_bwd(
     dqkv = qkv.new_empty(qkv.shape)
     norms = (q_weight, q_bias, k_weight, k_bias)
     strides = (heads_of(grad, heads), heads_of(y, heads), qkv.stride())
-    by, found = divisor(d, *strides), []
-    for name, kernel, block, weight, bias in (
-        ("queries", kernels.backward_queries, "queries", q_weight, q_bias),
-        ("keys", kernels.backward_keys, "keys", k_weight, k_bias),
-    ):
-        entry = configuration(qkv, OPERATOR, f"backward_{name}", size(d))
-        programs = batch * heads * triton.cdiv(tokens, entry[block])
-        partial = None if weight is None else lse.new_empty((2, programs, d))
+    by, steps_of_all = divisor(d, *strides), (*steps(*norms), *(n for s in strides for n in s))
+    tensors, sizes = (grad, qkv, y, lse, *norms), (tokens, heads, registers, eps)
+
+    def partial(weight: Tensor | None, programs: int) -> Tensor | None:
+        return None if weight is None else lse.new_empty((2, programs, d))
+
+    entry, programs = short_entry(qkv, "backward", q_weight, dropout), batch * heads
+    if entry is not None:
+        sums = [partial(q_weight, programs), partial(k_weight, programs)]
         launch(
-            kernel,
+            short.backward,
             (programs,),
-            *(grad, qkv, y, lse, *norms, rng if dropout > 0 else None, dqkv, partial),
-            *(tokens, heads, registers, eps, *masks(dropout, layer), programs, *steps(*norms)),
-            *(n for s in strides for n in s),
-            **constants(qkv, entry, scale, attend, dropout, by),
+            *(*tensors, dqkv, *sums, *sizes, programs, *steps_of_all),
+            **constants(qkv, entry, scale, attend, by),
+            **parts(tokens, entry["part"], entry["part"]),
+            KEYS=entry["keys"],
         )
-        found += _norm_gradients(partial, qkv, weight, bias)
-    return dqkv, *found
+    else:
+        sums = []
+        for name, kernel, weight in (
+            ("queries", kernels.backward_queries, q_weight),
+            ("keys", kernels.backward_keys, k_weight),
+        ):
+            entry = configuration(qkv, OPERATOR, f"backward_{name}", size(d))
+            programs = batch * heads * triton.cdiv(tokens, entry[name])
+            sums.append(partial(weight, programs))
+            launch(
+                kernel,
+                (programs,),
+                *(*tensors, rng if dropout > 0 else None, dqkv, sums[-1]),
+                *(*sizes, *masks(dropout, layer), programs, *steps_of_all),
+                **constants(qkv, entry, scale, attend, by),
+                **blocks(entry, tokens, dropout),
+            )
+    return dqkv, *_norm_gradients(sums[0], qkv, q_weight, q_bias), *_norm_gradients(sums[1], qkv, k_weight, k_bias)

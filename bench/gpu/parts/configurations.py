@@ -41,7 +41,7 @@ RESULT = {
 }
 LIMITS = {"warps": (1, 32), "blocks": (32, 4096), "pixels": (1, 512), "ahead": (0, 1)}
 LIMITS |= {"gemm": (0, 1), "parts": (1, 2), "stages": (1, 8), "group": (1, 64)}
-LIMITS |= {"queries": (16, 256), "keys": (16, 256)}
+LIMITS |= {"queries": (16, 256), "keys": (16, 256), "part": (16, 256), "tokens": (0, 0)}
 LIMITS |= {"programs": (33, 8448), "outputs": (1, 4), "groups": (1, 64), "fused": (0, 1)}
 LARGEST = 65536
 BETTER = 0.98

@@ -65,7 +65,7 @@ def test_every_configuration_inside_guard_bands(head, width, guarded, monkeypatc
     tensors = inputs(tokens, 1, HEADS[head], WIDTHS[width], batch=1)
     more = {"registers": 5, "attend": "separate", "dropout": 0.2, "rng": sk.make_rng(3, 1), "layer": 4}
     assert_right(tensors, normal(1, tokens, HEADS[head], seed=9, dtype=WIDTHS[width]), guarded.inside, **more)
-    assert set(asked) == parts | {"add_partials"} and guarded.allocations >= 7
+    assert {a for a in asked if "_short/" not in a} == parts | {"add_partials"} and guarded.allocations >= 7
 
 
 @pytest.mark.parametrize("registers", [0, 2, 7])

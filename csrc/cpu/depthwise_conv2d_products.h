@@ -144,15 +144,15 @@ template <class M, int K, int R>
 void correlate_rows(const typename M::Packed* x, const typename M::Packed* dy, int64_t pitch, int64_t rows,
                     int64_t width, typename M::Sum* dw) {
   using Packed = typename M::Packed;
-  constexpr int P = R * K > 21 ? 2 : 4, step = M::columns;
+  constexpr int P = 4, step = M::columns;
   typename M::Sum sums[R][K];
-  for (int r = 0; r < R; ++r)
-    for (int kw = 0; kw < K; ++kw) sums[r][kw] = dw[r * K + kw];
+  SDP_UNROLL for (int r = 0; r < R; ++r)
+    SDP_UNROLL for (int kw = 0; kw < K; ++kw) sums[r][kw] = dw[r * K + kw];
   for (int64_t row = 0; row < rows; ++row, x += pitch, dy += pitch) {
     int64_t i = 0;
     for (; i + P * step <= width; i += P * step) {
       Packed g[P];
-      for (int p = 0; p < P; ++p) g[p] = dy[i + p * step];
+      SDP_UNROLL for (int p = 0; p < P; ++p) g[p] = dy[i + p * step];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 32
@@ -175,13 +175,20 @@ void correlate_rows(const typename M::Packed* x, const typename M::Packed* dy, i
         }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int kw = 0; kw < K; ++kw) dw[r * K + kw] = sums[r][kw];
+  SDP_UNROLL for (int r = 0; r < R; ++r)
+    SDP_UNROLL for (int kw = 0; kw < K; ++kw) dw[r * K + kw] = sums[r][kw];
 }
 
-// Kernel rows to go through the gradient with at a time: enough sums that none waits for its previous addition.
+// Kernel rows to go through the gradient with at a time, from kernel row kh on: enough sums that none waits for its previous
+// addition, and as few as 32 registers hold beside four values of dy.
 constexpr int rows_at_once(int kernel, int kh) {
-  return SDP_LEVEL < 2 ? 1 : kernel == 7 ? (kh == 2 ? 3 : 2) : kernel == 5 && kh == 3 ? 2 : 3;
+  if (SDP_LEVEL < 2) return 1;
+  switch (kernel) {
+    case 3: return 3;
+    case 5: return kh == 0 ? 3 : 2;
+    case 7: return kh == 2 ? 3 : 2;
+    default: return kh == 4 ? 1 : 2;
+  }
 }
 
 // For all kernel rows and output rows [first, last). Packed x starts at row first − border, with zeros outside the picture.

@@ -36,14 +36,18 @@ bool has_bf16_pairs() {
 #endif
 }
 
-bool multiplies_bf16() {
+static bool has_matrix_unit() {
 #if SDP_LEVELS == 3
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
-  return has_bf16_pairs() && !amx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;  // AMX-BF16
 #else
   return false;
 #endif
+}
+
+bool multiplies_bf16() {
+  static const bool found = has_bf16_pairs() && !has_matrix_unit();  // once: a virtual machine leaves itself for cpuid
+  return found;
 }
 
 }  // namespace sdp

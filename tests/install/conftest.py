@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import EXPORT, REPOSITORY
+from trees import EXPORT, REPOSITORY, program
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def nvcc(tmp_path: Path) -> Path:
     """A stand-in for nvcc: knows three architectures, hands compiling and linking to g++ without its own flags."""
-    script = tmp_path / "nvcc"
-    script.write_text(
+    return program(
+        tmp_path / "nvcc",
         f"#!{sys.executable}\n"
         "import subprocess, sys\n"
         "args = sys.argv[1:]\n"
@@ -43,7 +43,5 @@ def nvcc(tmp_path: Path) -> Path:
         "if args == ['--list-gpu-code']: print('sm_80\\nsm_90\\nsm_100'); sys.exit()\n"
         "own = ('-gencode', '--expt', '-Xcompiler', '-Xlinker', '-cudart')\n"
         "if '-c' in args: args[args.index('-c'):args.index('-c')] = ['-x', 'c++']\n"
-        "sys.exit(subprocess.call(['g++', '-fPIC'] + [a for a in args if not a.startswith(own)]))\n"
+        "sys.exit(subprocess.call(['g++', '-fPIC'] + [a for a in args if not a.startswith(own)]))\n",
     )
-    script.chmod(0o755)
-    return script

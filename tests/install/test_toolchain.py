@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from trees import program
 
 from sdp_build import backend, toolchain, torch_headers
 from sdp_build.settings import SettingError, Settings, gencode_flags, parse_arch_list
@@ -61,9 +62,7 @@ def test_arch_list_becomes_gencode_flags():
 
 
 def test_a_wrapper_whose_toolkit_is_gone_is_no_nvcc(tmp_path):
-    broken = tmp_path / "nvcc"
-    broken.write_text('#!/bin/sh\nexec /nonexistent/bin/nvcc "$@"\n')
-    broken.chmod(0o755)
+    broken = program(tmp_path / "nvcc", '#!/bin/sh\nexec /nonexistent/bin/nvcc "$@"\n')
     with pytest.raises(Missing, match="CUDACXX"):
         toolchain.find_nvcc({"CUDACXX": str(broken)})
 
@@ -76,9 +75,7 @@ def test_nvcc_is_found_in_cuda_home(nvcc, tmp_path):
 
 
 def test_a_compiler_that_only_tells_its_version_is_no_compiler(tmp_path):
-    driver = tmp_path / "g++"
-    driver.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 12.0" && exit 0\nexit 1\n')
-    driver.chmod(0o755)
+    driver = program(tmp_path / "g++", '#!/bin/sh\n[ "$1" = --version ] && echo "g++ 12.0" && exit 0\nexit 1\n')
     with pytest.raises(Missing, match="CXX="):
         toolchain.find_cxx({"CXX": str(driver)})
 

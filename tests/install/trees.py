@@ -18,11 +18,18 @@ NO_TOOL = "/nonexistent/compiler"
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
 
 
+def program(path: Path, text: str) -> Path:
+    """A file that can be run."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 def need_a_compiler() -> None:
     try:
         toolchain.find_cxx(os.environ)
     except Missing as missing:
-        pytest.skip(str(missing))  # a real build has nothing to run
+        pytest.skip(str(missing))  # nothing to build with; CI has a compiler
 
 
 def build(root: Path, **env: str) -> dict[str, dict]:

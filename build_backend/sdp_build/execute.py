@@ -16,7 +16,7 @@ class BuildFailed(Exception):
 
 
 def execute(plan: Plan, work: Path, *, ninja: Tool | None, jobs: int) -> None:
-    """Make ``plan.library``; the full output goes to ``work``/build.log. Raises BuildFailed with the first error."""
+    """Make the plan's output; the full output goes to ``work``/build.log. Raises BuildFailed with the first error."""
     work.mkdir(parents=True, exist_ok=True)
     if ninja is not None:
         write_if_changed(work / "build.ninja", ninja_file(plan))

@@ -114,7 +114,7 @@ def _arch_list(settings: Settings, nvcc: toolchain.Tool) -> tuple[str, ...]:
 def _install(plan: Plan, target: Path) -> None:
     # Put in place by a rename: a running process keeps the file it has mapped, instead of crashing in the new one.
     fresh = target.with_suffix(".new")
-    shutil.copy2(plan.library, fresh)
+    shutil.copy2(plan.output, fresh)
     fresh.replace(target)
 
 

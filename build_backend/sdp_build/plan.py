@@ -66,11 +66,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps of one extension, in an order in which they can run; the last one makes ``library``."""
+    """All steps of one extension, in an order in which they can run; the last one makes ``output``."""
 
     name: str
     steps: tuple[Step, ...]
-    library: Path
+    output: Path
     facts: dict[str, object]  # what goes into the report and, as SDP_BUILD_INFO, into the library itself
 
 

@@ -8,12 +8,13 @@ An operator file defines ``SCHEMAS`` (a literal dict, which the build reads as t
 from collections.abc import Callable
 
 import torch
+from torch.library import Library, register_fake
 
 from .._schema_hash import hash_of
 from ..backends import BACKENDS
 
 NAMESPACES = tuple(dict.fromkeys(b.namespace for b in BACKENDS.values() if b.namespace))
-_LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
+_LIBRARIES = {namespace: Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
 _SCHEMAS: dict[str, str] = {}
 _KERNELS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 """(Backend, kernel) → what to call: looking it up in ``torch.ops`` costs as much as the call."""
@@ -38,7 +39,7 @@ def define(
     for namespace, library in _LIBRARIES.items():
         for name, text in schemas.items():
             library.define(name + text, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-            torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+            register_fake(f"{namespace}::{name}", fakes[name], lib=library)
     for backend in BACKENDS.values():
         if backend.namespace is not None:
             overloads = {name: getattr(getattr(torch.ops, backend.namespace), name).default for name in schemas}

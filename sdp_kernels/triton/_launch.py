@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import Library
 
 from ..backends import BACKENDS, INTERPRETING
 
 DISPATCH_KEY = "CPU" if INTERPRETING else "CUDA"
-_LIBRARY = torch.library.Library(BACKENDS["triton"].namespace, "IMPL")
+_LIBRARY = Library(BACKENDS["triton"].namespace, "IMPL")
 
 TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(
     Path(__file__).with_name("configurations.json").read_text(encoding="utf-8")

@@ -31,7 +31,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sdp")
 SECONDS = pytest.StashKey[float]()
-LONG = ("tests/triton/", "tests/aot/test_resources_triton", "tests/aot/", "tests/simt/", "tests/bench/")
+LONG = (
+    "tests/triton/",
+    "tests/aot/test_resources_triton",
+    "tests/aot/",
+    "tests/install/test_oldest_torch",
+    "tests/simt/",
+    "tests/bench/",
+)
 """Where the longest tests are, longest first: what is handed out last should be short."""
 BY_OPERATOR = ("tests/aot/test_resources_triton.py", "tests/aot/test_resources_cuda.py")
 """Files that compile one operator at a time, named by a test's first parameter."""

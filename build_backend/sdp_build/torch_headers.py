@@ -79,28 +79,40 @@ def find_torch_headers(directories: Iterable[Path]) -> TorchHeaders:
     raise Missing(f"no torch headers are visible (install {REQUIREMENT} before building the extensions)")
 
 
-def fetch_torch_headers(root: Path, timeout: float = 900) -> bool:
-    """Have this environment's pip download torch's wheel, without what torch needs to run, and keep its headers alone.
+def take_from_wheel(requirement: str, target: Path, *options: str, libraries=(), timeout: float = 900) -> None:
+    """Have this environment's pip download torch's wheel, and keep its headers alone as ``target``.
 
-    Returns False where that is not possible (no pip here, no network, another index than the configured one), for the
-    caller to ask for torch itself. A fetched copy is looked at first from then on: other headers, though equal, would
-    compile everything again, as the second of "pip install -e ." and "pip install -e .[test]" would.
+    They lie as when installed, and so do the ``libraries`` asked for (names in torch/lib) that the wheel has.
+    ``options`` are pip's. Raises Missing where that is not possible: no pip here, no network, no such wheel.
+    """
+    # -I, because pip hides the environment that holds it from this process by way of PYTHONPATH.
+    pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
+    wanted = ("torch/version.py", "torch/include/", *(f"torch/lib/{name}" for name in libraries))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [*pip, *options, "--dest", folder, requirement]
+        try:
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=timeout)
+            (wheel,) = Path(folder).glob("torch-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(Path(folder, "out"), [n for n in archive.namelist() if n.startswith(wanted)])
+            find_torch_headers([Path(folder, "out")])  # before it gets the name under which it is trusted
+            os.replace(Path(folder, "out"), target)
+        except (OSError, subprocess.SubprocessError, ValueError, zipfile.BadZipFile) as error:
+            raise Missing(f"torch's headers could not be taken out of its wheel ({error})") from error
+
+
+def fetch_torch_headers(root: Path) -> bool:
+    """Take the headers out of torch's wheel; False where that is not possible, for the caller to ask for torch itself.
+
+    A fetched copy is looked at first from then on: other headers, though equal, would compile everything again, as the
+    second of "pip install -e ." and "pip install -e .[test]" would.
     """
     target = fetched_directory(root)
     shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # -I, because pip hides the environment that holds it from this process by way of PYTHONPATH.
-    pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        try:
-            subprocess.run([*pip, "--dest", folder, REQUIREMENT], check=True, stdin=subprocess.DEVNULL, timeout=timeout)
-            (wheel,) = Path(folder).glob("torch-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                wanted = [n for n in archive.namelist() if n == "torch/version.py" or n.startswith("torch/include/")]
-                archive.extractall(Path(folder, "out"), wanted)
-            find_torch_headers([Path(folder, "out")])  # before it gets the name under which it is trusted
-            os.replace(Path(folder, "out"), target)
-        except (OSError, subprocess.SubprocessError, ValueError, zipfile.BadZipFile, Missing) as error:
-            print(f"torch's headers could not be taken out of its wheel ({error}); asking for torch itself", flush=True)
-            return False
+    try:
+        take_from_wheel(REQUIREMENT, target)
+    except Missing as reason:
+        print(f"{reason}; asking for torch itself", flush=True)
+        return False
     return True

@@ -182,6 +182,16 @@ def test_where_pip_fetches_nothing_the_headers_are_not_there(tmp_path, monkeypat
     assert "asking for torch itself" in capsys.readouterr().out
 
 
+def test_libraries_are_taken_out_of_the_wheel_only_by_name(tmp_path, monkeypatch):
+    make_wheel(tmp_path / "index", "2.11.0")
+    use_only(tmp_path / "index", monkeypatch)
+    torch_headers.take_from_wheel("torch==2.11.0", tmp_path / "kept", libraries=("libtorch_cpu.so", "libtorch_cuda.so"))
+    assert (tmp_path / "kept/torch/include").is_dir()
+    assert [path.name for path in (tmp_path / "kept/torch/lib").iterdir()] == ["libtorch_cpu.so"]
+    with pytest.raises(Missing, match=r"torch==2\.12\.0"):
+        torch_headers.take_from_wheel("torch==2.12.0", tmp_path / "other")
+
+
 def test_the_requirement_is_checked_against_the_same_variables():
     with pytest.raises(SettingError, match="SDP_BUILD_CUDA"):
         backend.torch_requirement({"SDP_BUILD_CUDA": "maybe"})

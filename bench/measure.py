@@ -7,7 +7,6 @@ cache, so that nobody finds its input there. A copy of the same tensor takes its
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import random
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sdpnet.memory import keep_memory
 
 from .cases import Case, Contender, Function, Operator
 from .environment import last_level_cache
@@ -44,22 +45,12 @@ class Inputs:
         self.parameters = operator.parameters(case, generator)
 
 
-def keep_memory() -> bool:
-    """Tell the C library to keep freed memory instead of handing it back to the system; True where it can (glibc).
-
-    Else one contender's large temporaries make it give pages back, and whoever has the next turn pays for fetching
-    them again, which takes longer than the operators themselves.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
-
-
 class CpuClock:
-    """Wall clock around a synchronous call, in a process that keeps its memory."""
+    """Wall clock around a synchronous call, in a process that keeps its memory.
+
+    Else one contender's large temporaries make the C library give pages back, and whoever has the next turn pays for
+    fetching them again, which takes longer than the operators themselves.
+    """
 
     def __init__(self) -> None:
         keep_memory()

@@ -14,6 +14,7 @@ from sdpnet.augment import normalize
 from sdpnet.config import Config, ConfigError
 from sdpnet.data import DataError, Digits, ImageFolder, evaluation_batches
 from sdpnet.loss import classification_loss
+from sdpnet.memory import keep_memory
 from sdpnet.settings import read_file, resolve
 
 
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, checkpoint.CheckpointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if device.type == "cpu":
+        keep_memory()
     result = evaluate(
         model.to(device), dataset, batch_size=config.data.eval_batch, device=device, bf16=config.run.precision == "bf16"
     )

@@ -28,6 +28,7 @@ from sdpnet.data import Batch, DataError, TrainOrder, fold
 from sdpnet.ema import EMA
 from sdpnet.evaluate import build_model, evaluate, open_data, pick_device
 from sdpnet.loss import classification_loss
+from sdpnet.memory import keep_memory
 from sdpnet.meter import Meter, duration, plot_curves, write_metrics
 from sdpnet.optim import FiniteGuard, build_optimizer, learning_rate, scaled_lr
 
@@ -288,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if trainer.device.type == "cpu":
+        keep_memory()
     introduce(trainer, source)
     try:
         with stop_signals() as caught:

@@ -6,8 +6,6 @@ import dataclasses
 import importlib
 import math
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -445,29 +443,3 @@ def test_every_output_is_given_the_gradient_and_compared() -> None:
     found = measure.outputs(lambda x: (x * x, 3 * x), x, [], dy)
     torch.testing.assert_close(found["dx"], (2 * x.detach() + 3) * dy)
     torch.testing.assert_close(found["y"], torch.stack([x * x, 3 * x]).detach())
-
-
-FAULTS = """
-import resource, torch
-from bench import measure
-told = measure.keep_memory()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 * 2**20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(int(told), min(faults() for _ in range(12)))
-"""
-
-
-def test_freed_memory_is_not_fetched_again() -> None:
-    """In a process of its own, at least once of several times: a heap may have another place for the same size.
-
-    64 MiB are beyond what glibc ever keeps by itself.
-    """
-    pytest.importorskip("resource")
-    root = Path(measure.__file__).parents[1]
-    ran = subprocess.run([sys.executable, "-c", FAULTS], cwd=root, capture_output=True, text=True, check=True)
-    told, faults = map(int, ran.stdout.split())
-    if not told:
-        pytest.skip("the C library cannot be told")  # not glibc: there is nothing to test
-    assert faults < 64 * 2**20 / 4096 / 10

@@ -111,7 +111,9 @@ def test_kernels_may_change_on_resume_and_a_setting_may_follow_it(finished, caps
     assert "unfused kernels" in capsys.readouterr().out
 
 
-def test_evaluate_prints_the_runs_own_figure(finished, capsys):
+def test_evaluate_prints_the_runs_own_figure(finished, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(evaluate, "keep_memory", lambda: kept.append(True))
     row = (finished / "metrics.csv").read_text().splitlines()
     last = dict(zip(row[0].split(","), row[-1].split(","), strict=True))
     for flags, column, file in (([], "ema_top1", "ema"), (["--ema"], "ema_top1", "ema"), (["--live"], "top1", "model")):
@@ -119,6 +121,7 @@ def test_evaluate_prints_the_runs_own_figure(finished, capsys):
         out = capsys.readouterr().out
         assert f"{file}.safetensors: 360 samples" in out and f"top-1 {float(last[column]):.2f}%" in out
         assert f"top-5 {float(last[column.replace('top1', 'top5')]):.2f}%" in out
+    assert len(kept) == 3
 
 
 def test_evaluate_names_what_is_missing_or_broken(finished, tmp_path, capsys):

@@ -127,6 +127,16 @@ def every_reason(operator: str, device_type: str, dtype: torch.dtype) -> dict[st
     return {name: b.unsupported_reasons(operator, device_type, dtype) for name, b in BACKENDS.items()}
 
 
+_CPU = torch.device("cpu")
+
+
+def type_of_device(x: Tensor) -> str:
+    """``x.device.type``, which writes a new string at each call: that costs more than all else here."""
+    if x.is_cuda:
+        return "cuda"
+    return "cpu" if x.device == _CPU else x.device.type
+
+
 def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[str, str] | None = None) -> str:
     """Name of the backend to run ``operator`` on ``x``. ``backend`` asks for one by name.
 
@@ -134,7 +144,7 @@ def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[st
 
     Raises ValueError for an unknown name and :class:`UnsupportedError` when a named backend cannot do the case.
     """
-    device_type, dtype, limits = x.device.type, x.dtype, limits or {}
+    device_type, dtype, limits = type_of_device(x), x.dtype, limits or {}
     requested = _forced if backend is None else check_backend(backend)
     if requested == "composed" and backend is None and operator not in BACKENDS["composed"].operators:
         requested = None  # a part of a composed operator: it chooses for itself

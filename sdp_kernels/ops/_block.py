@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..reference.precision import autocast_dtype
+from ..reference.precision import autocast_dtype, cast
 from ._checks import (
     check_eps,
     check_floating,
@@ -34,22 +34,23 @@ def check_kind(weights: tuple, kind: type) -> int:
 
 def check_parts(weights: tuple, optional: set[str], shapes: dict[str, tuple[int, ...]], channels: int, x: Tensor):
     """Each part of its shape, (C,) where ``shapes`` has none; None only for the optional ones."""
+    vector = (channels,)
     for name, value in zip(weights._fields, weights, strict=True):
         if value is not None or name not in optional:
-            check_parameter(f"weights.{name}", value, shapes.get(name, (channels,)), x)
+            check_parameter(f"weights.{name}", value, shapes.get(name, vector), x)
 
 
 def cast_parts(weights: tuple, prefixes: tuple[str, ...], x: Tensor) -> Iterator[Tensor | None]:
     """The parts, those of convolutions and linear layers in the dtype that autocast wants, x's without it."""
     dtype = autocast_dtype(x) or x.dtype
     for name, part in zip(weights._fields, weights, strict=True):
-        yield part.to(dtype) if part is not None and name.startswith(prefixes) else part
+        yield cast(part, dtype) if part is not None and name.startswith(prefixes) else part
 
 
 def gradients_of(weights: tuple, found: dict[str, Tensor | None]) -> Iterator[Tensor | None]:
     """By the parts' order and in their dtypes; None for those that are not there."""
     for name, part in zip(weights._fields, weights, strict=True):
-        yield None if part is None else found[name].to(part.dtype)
+        yield None if part is None else cast(found[name], part.dtype)
 
 
 class Forms(NamedTuple):

@@ -9,6 +9,7 @@ from .. import reference
 from ..composed import conv_mlp as composed
 from ..reference.conv_mlp import ConvMLPWeights
 from ..reference.philox import drop_path_mask
+from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
@@ -61,12 +62,12 @@ class _ConvMLP(torch.autograd.Function):
         w, inner = ConvMLPWeights(*weights), Branch(o.activation, o.registers, o.backend)
         n, mean1, rstd1, _ = _norm(x, w.norm1_weight, w.norm1_bias, o)
         conv = launch(
-            o.backend, "depthwise_conv2d_fwd", n.to(w.pointwise_weight.dtype), w.depthwise_weight, w.depthwise_bias,
+            o.backend, "depthwise_conv2d_fwd", cast(n, w.pointwise_weight.dtype), w.depthwise_weight, w.depthwise_bias,
             o.grid, o.registers, None, None, None, None,
         )  # fmt: skip
         x1, z = branch_fwd(conv, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, x, mask1, inner)
         n, mean2, rstd2, _ = _norm(x1, w.norm2_weight, w.norm2_bias, o)
-        h, hidden = branch_fwd(n.to(conv.dtype), w.expand_weight, w.expand_bias, None, None, None, inner)
+        h, hidden = branch_fwd(cast(n, conv.dtype), w.expand_weight, w.expand_bias, None, None, None, inner)
         outer = inner._replace(activation="none")
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale2, x1, mask2, outer)
         ctx.save_for_backward(x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights)
@@ -84,12 +85,12 @@ class _ConvMLP(torch.autograd.Function):
         dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale2"] = hidden_bwd(
             grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner
         )
-        n = _norm(x1, w.norm2_weight, w.norm2_bias, o)[0].to(conv.dtype)
+        n = cast(_norm(x1, w.norm2_weight, w.norm2_bias, o)[0], conv.dtype)
         d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.backend)
         dn = dgrad(dhidden, w.expand_weight, o.backend)
         del n, dhidden
         dx1, d["norm2_weight"], d["norm2_bias"] = launch(
-            o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
+            o.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
         )
         dconv, d["pointwise_weight"], d["pointwise_bias"], d["layer_scale1"] = branch_bwd(
             dx1, conv, z, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, mask1, inner
@@ -97,12 +98,12 @@ class _ConvMLP(torch.autograd.Function):
         if x.dtype == conv.dtype:  # normalised again as the convolution's backward loads it
             source, norm = x, (mean1, rstd1, w.norm1_weight, w.norm1_bias)
         else:
-            source, norm = _norm(x, w.norm1_weight, w.norm1_bias, o)[0].to(conv.dtype), (None,) * 4
+            source, norm = cast(_norm(x, w.norm1_weight, w.norm1_bias, o)[0], conv.dtype), (None,) * 4
         dn, d["depthwise_weight"], d["depthwise_bias"] = launch(
             o.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, o.registers, *norm
         )
         dx, d["norm1_weight"], d["norm1_bias"] = launch(
-            o.backend, "layer_norm_2d_bwd", dn.to(x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, o.registers
+            o.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, o.registers
         )
         return dx, None, None, None, *gradients_of(w, d)
 
@@ -119,6 +120,9 @@ def _fused(x, w: ConvMLPWeights, grid, registers, activation, eps, drop_path, rn
     masks = (drop_path_mask(rng, drop_path, layer, x.shape[0], i) if drop_path else None for i in (0, 1))
     options = _Options(list(grid), registers, activation, float(eps), backend)
     return _ConvMLP.apply(x, *masks, options, *cast_parts(w, _CAST, x))
+
+
+_FORMS = Forms(composed, reference.conv_mlp, _fused)
 
 
 def conv_mlp(
@@ -159,6 +163,6 @@ def conv_mlp(
     Source of the formula: the SdP-Net project's ConvMLP block.
     """
     return on_tokens(
-        "conv_mlp", Forms(composed, reference.conv_mlp, _fused), _check_weights,
+        "conv_mlp", _FORMS, _check_weights,
         x, weights, grid, registers, activation, eps, drop_path, rng, layer, backend,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from .. import reference
 from ..composed import convnext_block as composed
 from ..reference.convnext_block import ConvNeXtWeights
 from ..reference.philox import drop_path_mask
+from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
@@ -62,7 +63,7 @@ class _ConvNeXtBlock(torch.autograd.Function):
     def forward(ctx, x, mask, o: _Options, *weights):
         w, b = ConvNeXtWeights(*weights), o.branch
         conv = launch(
-            b.backend, "depthwise_conv2d_fwd", x.to(w.expand_weight.dtype), w.depthwise_weight, w.depthwise_bias,
+            b.backend, "depthwise_conv2d_fwd", cast(x, w.expand_weight.dtype), w.depthwise_weight, w.depthwise_bias,
             o.grid, b.registers, None, None, None, None,
         )  # fmt: skip
         n, mean, rstd, _ = o.norm(conv, w)
@@ -90,7 +91,7 @@ class _ConvNeXtBlock(torch.autograd.Function):
         dconv, d["norm_weight"], d["norm_bias"] = launch(
             b.backend, "layer_norm_2d_bwd", dn, None, conv, w.norm_weight, mean, rstd, b.registers
         )
-        source = x.to(conv.dtype)
+        source = cast(x, conv.dtype)
         dx, d["depthwise_weight"], d["depthwise_bias"] = launch(
             b.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, b.registers, *(None,) * 4
         )
@@ -102,6 +103,9 @@ def _fused(x, w: ConvNeXtWeights, grid, registers, activation, eps, drop_path, r
     mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
     options = _Options(list(grid), float(eps), Branch(activation, registers, backend))
     return _ConvNeXtBlock.apply(x, mask, options, *cast_parts(w, _CAST, x))
+
+
+_FORMS = Forms(composed, reference.convnext_block, _fused)
 
 
 def convnext_block(
@@ -140,6 +144,6 @@ def convnext_block(
     Source of the formula: Liu et al., "A ConvNet for the 2020s" (2022); the block of timm's ConvNeXt.
     """
     return on_tokens(
-        "convnext_block", Forms(composed, reference.convnext_block, _fused), _check_weights,
+        "convnext_block", _FORMS, _check_weights,
         x, weights, grid, registers, activation, eps, drop_path, rng, layer, backend,
     )  # fmt: skip

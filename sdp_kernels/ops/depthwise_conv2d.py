@@ -140,7 +140,7 @@ def depthwise_conv2d(
     check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     check_kernel("weight", weight, channels)
-    check_parameter("weight", weight, tuple(weight.shape), x)
+    check_parameter("weight", weight, weight.shape, x)
     check_same_dtype("weight", weight, x)
     if bias is not None:
         check_parameter("bias", bias, (channels,), x)

@@ -9,6 +9,7 @@ from .. import reference
 from ..composed import feed_forward as composed
 from ..reference.feed_forward import FeedForwardWeights
 from ..reference.philox import drop_path_mask
+from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gradients_of
 from ._checks import check_eps, check_floating, check_layer, check_rank, check_rate, check_rng
 from ._contract import define, launch, refuse_double_backward
@@ -56,7 +57,7 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, mask, rng, o: _Options, *weights):
         w = FeedForwardWeights(*weights)
         n, mean, rstd, _ = o.norm(x, w)
-        n = n.to(w.expand_weight.dtype)
+        n = cast(n, w.expand_weight.dtype)
         h, hidden = branch_fwd(n, w.expand_weight, w.expand_bias, None, None, None, o.inner, rng)
         if o.inner.activation == "none":
             hidden = h  # there is nothing to compute again
@@ -89,13 +90,13 @@ class _FeedForward(torch.autograd.Function):
                 inner.backend, "linear_epilogue_bwd", dh, hidden, inner.activation, None, None, *masks
             )
             del dh
-        n = o.norm(x, w)[0].to(hidden.dtype)
+        n = cast(o.norm(x, w)[0], hidden.dtype)
         d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend)
         del n
         dn = dgrad(dhidden, w.expand_weight, o.inner.backend)
         del dhidden
         dx, d["norm_weight"], d["norm_bias"] = launch(
-            o.inner.backend, "layer_norm_2d_bwd", dn.to(x.dtype), grad, x, w.norm_weight, mean, rstd, 0
+            o.inner.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), grad, x, w.norm_weight, mean, rstd, 0
         )
         return dx, None, None, None, *gradients_of(w, d)
 
@@ -106,6 +107,9 @@ def _fused(x, w: FeedForwardWeights, activation, eps, dropout, drop_path, rng, l
     inner = Branch(activation, 0, backend, float(dropout), layer)
     options = _Options(float(eps), inner, Branch("none", 0, backend, float(dropout), layer + 1))
     return _FeedForward.apply(x, mask, rng if dropout else None, options, *cast_parts(w, _CAST, x))
+
+
+_FORMS = Forms(composed, reference.feed_forward, _fused)
 
 
 def feed_forward(
@@ -154,5 +158,5 @@ def feed_forward(
     if dropout or drop_path:
         check_layer(layer)
     check_rng(rng, max(dropout, drop_path), x)
-    form = chosen_form("feed_forward", Forms(composed, reference.feed_forward, _fused), x, backend)
+    form = chosen_form("feed_forward", _FORMS, x, backend)
     return form(x, weights, activation, eps, dropout, drop_path, rng, layer)

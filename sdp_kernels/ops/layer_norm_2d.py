@@ -143,17 +143,18 @@ def layer_norm_2d(
     check_floating("x", x)
     check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
-    if not torch.compiler.is_compiling() and channels < 1:
+    if channels < 1:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     check_parameter("weight", weight, (channels,), x)
     check_parameter("bias", bias, (channels,), x)
     check_eps(eps)
     check_registers(registers, x)
-    check_residual(residual, x.shape, x)
-    if residual is not None and residual.dtype != x.dtype:
-        raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
-    if with_input and residual is not None:
-        raise ValueError("with_input must be False when there is a residual, whose sum with x is returned")
+    if residual is not None:
+        check_residual(residual, x.shape, x)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
+        if with_input:
+            raise ValueError("with_input must be False when there is a residual, whose sum with x is returned")
     chosen = choose("layer_norm_2d", x, backend)
     if chosen == "reference":
         if residual is None:

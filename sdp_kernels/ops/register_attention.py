@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose
 from ..composed import register_attention as composed
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype, cast
 from ..reference.register_attention import ATTEND
 from ._checks import check_eps, check_floating, check_layer, check_parameter, check_rank, check_rate, check_rng
 from ._contract import define, launch, refuse_double_backward
@@ -72,7 +72,7 @@ class _RegisterAttention(torch.autograd.Function):
         o = ctx.options
         limits = (o.eps, o.scale, o.registers, o.attend, o.dropout)
         dqkv, *gradients = launch(o.backend, "register_attention_bwd", grad, qkv, y, lse, *norms, *limits, rng, o.layer)
-        gradients = (None if p is None else g.to(p.dtype) for g, p in zip(gradients, norms, strict=True))
+        gradients = (None if p is None else cast(g, p.dtype) for g, p in zip(gradients, norms, strict=True))
         return dqkv, *gradients, None, None
 
 
@@ -147,7 +147,7 @@ def register_attention(
     if chosen in ("composed", "reference"):
         form = composed if chosen == "composed" else reference.register_attention
         return form.register_attention(qkv, q_norm, k_norm, eps, scale, registers, attend, dropout, rng, layer)
-    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
+    qkv = cast(qkv, autocast_dtype(qkv) or qkv.dtype)
     scale = d**-0.5 if scale is None else float(scale)
     options = _Options(float(eps), scale, registers, attend, float(dropout), layer, chosen)
     norms = (*(q_norm or (None, None)), *(k_norm or (None, None)))

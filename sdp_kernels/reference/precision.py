@@ -2,6 +2,8 @@
 
 import torch
 
+from ..backends import type_of_device
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64; everything else is computed in fp32."""
@@ -13,10 +15,15 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
     Not torch.amp.is_autocast_available: Dynamo of torch 2.11 cannot trace it.
     """
-    device = x.device.type
+    device = type_of_device(x)
     if x.dtype == torch.float64 or device == "meta":
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x.to(dtype)``; at once where there is nothing to do, which ``to`` takes a microsecond to find out."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -66,17 +66,17 @@ def train_step(
         loss = loss_of(logits, targets) * (len(targets) / samples)
         loss.backward()
         total = total + loss.detach()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     guard.update(step, total, norm)
     if clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if optimizer.defaults["fused"]:
         optimizer.found_inf = guard.tripped  # the fused kernel then leaves weights and moments as they are
     optimizer.step()
-    ema.update(model, step, keep=guard.tripped)
+    ema.update(step, keep=guard.tripped)
     return total
 
 

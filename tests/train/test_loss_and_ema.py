@@ -73,7 +73,7 @@ def test_ema_is_the_closed_form_and_not_the_live_weights(decay):
     for n in range(25):
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        ema.update(model, n)
+        ema.update(n)
         seen.append(model.weight.detach().clone().double())
     d = [min(decay, (1 + n) / (10 + n)) for n in range(25)]
     product = lambda first: torch.tensor(d[first:], dtype=torch.float64).prod()  # noqa: E731
@@ -87,7 +87,7 @@ def test_ema_is_fp32_and_copies_buffers():
     ema = EMA(model, 0.9)
     assert {p.dtype for p in ema.module.parameters()} == {torch.float32}
     model.train()(torch.randn(8, 4, dtype=torch.bfloat16))
-    ema.update(model, 0)
+    ema.update(0)
     assert torch.equal(ema.module[1].running_mean, model[1].running_mean) and ema.module[1].num_batches_tracked == 1
 
 

@@ -1,5 +1,7 @@
 """What the CUDA kernels need on GPUs that are not here: compiled by nvcc per architecture, read from ptxas and SASS.
 
+For the architecture that the build makes by default, what the build has made is read, if it is what would be made here.
+
 ``collect(operator)`` has, per kernel and architecture, registers, bytes spilled, stack and static shared memory, and
 how many 128-bit accesses to global memory and tensor-core instructions its code has; and for shapes that matter which
 kernel runs, with which geometry and occupancy. An operator brings ``cuda_<operator>.cu``, which instantiates every
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,13 +28,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+sys.path[:0] = [str(HERE), str(HERE.parent / "simt"), str(ROOT / "build_backend")]
 
 import resources  # noqa: E402
 
+from sdp_build import toolchain  # noqa: E402
+from sdp_build.plan import NVCC_FLAGS  # noqa: E402
+from sdp_build.settings import gencode_flags  # noqa: E402
+
 PINNED = "13.0"
 """Version of nvcc that the committed table was made with."""
+BUILT = ROOT / "build" / "sdp" / "_C_cuda"
+(BUILT_FOR,) = toolchain.DEFAULT_ARCH_LIST
 
 ARCHITECTURES = {
     # multiprocessor's and block's shared memory, bytes
@@ -50,13 +61,12 @@ def nvcc() -> str | None:
     return None
 
 
-def nvcc_version() -> str | None:
+def nvcc_version(program: str | None = None) -> str | None:
     """E.g. "13.0"; None without nvcc."""
-    found = nvcc()
-    if found is None:
-        return None
-    text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
+    found = program or nvcc()
+    text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout if found else ""
+    release = re.search(r"release (\d+\.\d+)", text)
+    return release and release[1]
 
 
 def _triton_tool(name: str) -> str:
@@ -75,13 +85,58 @@ def _readable(symbols: list[str]) -> dict[str, str]:
     return names
 
 
+def built(operator: str, work: Path = BUILT) -> Path | None:
+    """The operator's object in the build's folder, if the pinned nvcc made it for ``BUILT_FOR`` alone of today's files.
+
+    The flags are those used here, ninja knows every file it was made from. Both ways make the same code, to the bit.
+    """
+    made, ninja = work / f"{operator}.o", toolchain.find_ninja(os.environ)
+    if ninja is None or not made.is_file() or any(os.environ.get(f"NVCC_{at}_FLAGS") for at in ("PREPEND", "APPEND")):
+        return None
+    to_do, commands = (
+        toolchain.run([*ninja.command, "-C", str(work), *question, str(made)])
+        for question in (["-n"], ["-t", "commands"])
+    )
+    if not to_do or "no work to do" not in to_do.stdout or not commands or commands.returncode:
+        return None
+    command = shlex.split(commands.stdout.splitlines()[-1])
+    flags = [*NVCC_FLAGS, *gencode_flags((BUILT_FOR,))]
+    same = command[1 : 1 + len(flags)] == flags and not any("-gencode" in w for w in command[1 + len(flags) :])
+    return made if same and nvcc_version(command[0]) == PINNED else None
+
+
+def _built_resources(made: Path) -> dict[str, dict[str, int]] | None:
+    """As :func:`_resources`; None where a kernel has a stack or static shared memory, of which ptxas knows more.
+
+    Who has shared memory has 1 KB of the runtime's own besides.
+    """
+    said = subprocess.run([_triton_tool("cuobjdump"), "-res-usage", made], capture_output=True, text=True, check=True)
+    found = {}
+    for symbol, registers, stack, shared in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", said.stdout
+    ):
+        if stack != "0" or shared not in ("0", "1024"):
+            return None
+        found[symbol] = {"registers": int(registers), "spilled": 0, "stack": 0, "static_shared": 0}
+    return found
+
+
 def _compile(source: Path, arch: str, work: Path) -> tuple[Path, str]:
     cubin = work / f"{arch}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", f"-I{CSRC}", "-Xptxas=-v"]
+    command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", f"-I{CSRC}", "-Xptxas=-v"]
     done = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "warning" not in done.stderr.lower(), done.stderr[:6000]
     return cubin, done.stderr
+
+
+def _made(operator: str, arch: str, work: Path) -> tuple[dict, dict]:
+    """Mangled name → numbers of ptxas and of the SASS."""
+    ready = built(operator) if gencode_flags((BUILT_FOR,))[0].endswith(f"code={arch}") else None
+    if ready and (numbers := _built_resources(ready)):
+        return numbers, _instructions(ready)
+    cubin, log = _compile(HERE / f"cuda_{operator}.cu", arch, work)
+    return _resources(log), _instructions(cubin)
 
 
 def _resources(log: str) -> dict[str, dict[str, int]]:
@@ -162,11 +217,9 @@ def limits_of(arch: str) -> ctypes.Array:
 
 def collect(operator: str) -> dict:
     """{"compiler", "kernels": {name: {arch: numbers}}, "launches": {case: {arch: text}}}."""
-    source = HERE / f"cuda_{operator}.cu"
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as pool:
-        made = dict(zip(ARCHITECTURES, pool.map(lambda arch: _compile(source, arch, Path(work)), ARCHITECTURES)))
-        numbers = {arch: _resources(log) for arch, (_, log) in made.items()}
-        instructions = {arch: _instructions(cubin) for arch, (cubin, _) in made.items()}
+        made = dict(zip(ARCHITECTURES, pool.map(lambda arch: _made(operator, arch, Path(work)), ARCHITECTURES)))
+    numbers, instructions = ({arch: both[i] for arch, both in made.items()} for i in (0, 1))
     names = _readable(sorted(numbers["sm_90"]))
     kernels = {
         name: {arch: numbers[arch][symbol] | instructions[arch][symbol] for arch in ARCHITECTURES}

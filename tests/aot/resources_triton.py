@@ -17,9 +17,12 @@ An operator takes part by ``triton_<operator>.py`` with
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -140,25 +143,61 @@ def compiled(launched: Launched, capability: int):
     return triton.compile(source, target=target, options={"num_warps": launched.warps})
 
 
-def _read(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Registers and stack by cuobjdump; instructions by nvdisasm, which need not trace branches."""
+def _tool(name: str, *options: str) -> str:
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers and stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([str(tools / tool), *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
-        )
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}, code
+        said = _tool("cuobjdump", "-res-usage", file.name)
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", said)}
 
 
-def measure(launched: Launched, capability: int) -> dict:
-    """Compile the launch for sm_<capability> and read off what it needs."""
-    made = compiled(launched, capability)
-    used, code = _read(made.asm["cubin"])
+def _machine_code(cubin: bytes) -> bytes:
+    """What stands in the ELF file's section .text.<kernel>."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = sections[names][4]
+    (code,) = (
+        cubin[start : start + length]
+        for name, _, _, _, start, length in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
+
+
+def _instructions(cubins: list[bytes], capability: int) -> list[str]:
+    """Each kernel's instructions. One after the other in one file: nvdisasm takes longer to start than for a kernel."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = _tool("nvdisasm", "-ndf", "-b", f"SM{capability}{'a' if capability >= 90 else ''}", file.name)
+    _, *parts = re.split(r"^\s+/\*([0-9a-f]+)\*/", text, flags=re.MULTILINE)
+    found = [[] for _ in cubins]
+    for offset, instruction in zip(parts[::2], parts[1::2]):
+        found[bisect.bisect_right(ends, int(offset, 16))].append(instruction)
+    assert all(len(lines) == len(code) // 16 for lines, code in zip(found, codes)), "an instruction is 16 bytes"
+    return ["\n".join(lines) for lines in found]
+
+
+def measure(launches: list[Launched], capability: int) -> list[dict]:
+    """Compile the launches for sm_<capability> and read off what each needs."""
+    made = [compiled(launched, capability) for launched in launches]
+    codes = _instructions([one.asm["cubin"] for one in made], capability)
+    return [_row(*one, capability) for one in zip(launches, made, codes)]
+
+
+def _row(launched: Launched, made, code: str, capability: int) -> dict:
+    used = _usage(made.asm["cubin"])
     loads = re.findall(r"\b(LDG(?:STS)?\.E[.\w]*)", code)
     matrices = sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTMALDG)\b", code)))
     return {
@@ -172,6 +211,14 @@ def measure(launched: Launched, capability: int) -> dict:
     }
 
 
+def measure_variants(operator: str) -> dict[str, list[dict]]:
+    """Name of the operator's variant → what its launches need on sm_90."""
+    calls = resources.module(f"triton/{operator}").variants()
+    launches = {name: record(operator, call) for name, call in calls.items()}
+    rows = iter(measure([one for each in launches.values() for one in each], 90))
+    return {name: [next(rows) for _ in each] for name, each in launches.items()}
+
+
 def _table(operator: str, capability: int) -> list[str]:
     from sdp_kernels.triton._launch import table_for
 
@@ -183,8 +230,9 @@ def measure_all(operator: str, targets: list[str], share: int, shares: int) -> d
     found = {}
     for target in targets:
         capability = int(target.removeprefix("sm_"))
-        for key in _table(operator, capability)[share::shares]:
-            found[f"{key}/{target}".replace(" ", "-")] = measure(recorded(key, capability), capability)
+        keys = _table(operator, capability)[share::shares]
+        rows = measure([recorded(key, capability) for key in keys], capability)
+        found |= {f"{key}/{target}".replace(" ", "-"): row for key, row in zip(keys, rows)}
     return found
 
 

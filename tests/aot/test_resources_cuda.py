@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 
 import pytest
 import resources
@@ -81,6 +84,32 @@ def test_occupancy_formula():
     assert blocks("sm_90", 32, 128, 232448) == 1
     assert blocks("sm_90", 32, 128, 100 * 1024) == 2
     assert blocks("sm_80", 32, 128, 100 * 1024) == 1
+
+
+def test_an_object_of_the_build_is_read_only_while_it_is_what_would_be_made_here(tmp_path):
+    ninja, nvcc, source = resources_cuda.toolchain.find_ninja(os.environ), tmp_path / "nvcc", tmp_path / "op.cu"
+    if ninja is None:
+        pytest.skip("no ninja here")  # then no object is taken from the build; CI has one
+    made, flags = tmp_path / "op.o", [*resources_cuda.NVCC_FLAGS, "-gencode=arch=compute_90,code=sm_90"]
+
+    def build(release: str = resources_cuda.PINNED, flags: list[str] = flags):
+        touch = shlex.join(["touch", str(made)])
+        nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo release {release}, V || {touch}\n")
+        nvcc.chmod(0o755)
+        command = shlex.join([str(nvcc), *flags, "-c", str(source), "-o", str(made)])
+        text = f"rule run\n  command = {command}\nbuild {made}: run {source}\n".replace("$", "$$")
+        (tmp_path / "build.ninja").write_text(text)
+        subprocess.run([*ninja.command, "-C", tmp_path], check=True, capture_output=True)
+        return resources_cuda.built("op", tmp_path)
+
+    source.touch()
+    assert build() == made
+    assert build(release="12.9") is None
+    assert build(flags=[*flags, "-gencode=arch=compute_80,code=sm_80"]) is None
+    assert build(flags=["-O2", *flags[1:]]) is None
+    assert build() == made
+    os.utime(source, (made.stat().st_mtime + 2,) * 2)
+    assert resources_cuda.built("op", tmp_path) is None
 
 
 def test_a_difference_reads_well():

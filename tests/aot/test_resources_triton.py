@@ -101,9 +101,12 @@ VARIANTS = """
 import json, sys
 sys.path.insert(0, {here!r})
 import resources, resources_triton as r
-read = r.measure if {pinned} else lambda launch, capability: r.compiled(launch, capability).name
-calls = resources.module("triton/{operator}").variants()
-print(json.dumps({{n: [read(one, 90) for one in r.record({operator!r}, call)] for n, call in calls.items()}}))
+if {pinned}:
+    found = r.measure_variants({operator!r})
+else:
+    calls = resources.module("triton/{operator}").variants()
+    found = {{n: [r.compiled(one, 90).name for one in r.record({operator!r}, call)] for n, call in calls.items()}}
+print(json.dumps(found))
 """
 
 

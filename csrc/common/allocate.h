@@ -5,16 +5,17 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <vector>
 
 namespace sdp {
 
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 namespace detail {
 
@@ -36,12 +37,14 @@ inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* siz
 inline bool dense(const Tensor& t) {
   std::array<std::array<int64_t, 2>, kMostDims> by_stride;
   int64_t count = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 1) continue;
-    if (t.size(d) == 0 || count == kMostDims) return false;
-    by_stride[count++] = {t.stride(d), t.size(d)};
+  const Sizes sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    if (sizes[d] == 0 || count == kMostDims) return false;
+    int64_t at = count++;
+    for (; at > 0 && by_stride[at - 1][0] > strides[d]; --at) by_stride[at] = by_stride[at - 1];
+    by_stride[at] = {strides[d], sizes[d]};
   }
-  std::sort(by_stride.begin(), by_stride.begin() + count);
   int64_t expected = 1;
   for (int64_t i = 0; i < count; ++i) {
     if (by_stride[i][0] != expected) return false;
@@ -53,20 +56,21 @@ inline bool dense(const Tensor& t) {
 }  // namespace detail
 
 // A contiguous tensor of these sizes (eight at most) on like's device.
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+inline Tensor allocate(const Tensor& like, Sizes sizes, torch::headeronly::ScalarType dtype) {
   std::array<int64_t, detail::kMostDims> strides;
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
   return detail::empty_strided(like, sizes.size(), sizes.data(), strides.data(), dtype);
 }
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
+inline Tensor allocate(const Tensor& like, Sizes sizes) {
   return allocate(like, sizes, like.scalar_type());
 }
 
 // As torch.empty_like: in x's memory layout where x is dense.
 inline Tensor allocate_like(const Tensor& x) {
   if (!detail::dense(x)) return torch::stable::empty_like(x);
-  return detail::empty_strided(x, x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
+  const Sizes sizes = x.sizes();
+  return detail::empty_strided(x, sizes.size(), sizes.data(), x.strides().data(), x.scalar_type());
 }
 
 }  // namespace sdp

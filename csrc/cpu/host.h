@@ -58,6 +58,11 @@ struct Rows {
   std::vector<std::array<int64_t, N>> strides;
 
   explicit Rows(const std::array<const Tensor*, N>& tensors) {
+    if (one_row(tensors)) {
+      length = tensors[0]->numel();
+      step.fill(1);
+      return;
+    }
     struct Dim { int64_t size; std::array<int64_t, N> stride; };
     std::vector<Dim> dims;
     for (int64_t d = 0; d < tensors[0]->dim(); ++d) {
@@ -89,6 +94,16 @@ struct Rows {
       sizes.push_back(dim.size);
       strides.push_back(dim.stride);
     }
+  }
+
+  // All of them dense and with the same strides, as they nearly always are.
+  static bool one_row(const std::array<const Tensor*, N>& tensors) {
+    const Sizes first = tensors[0]->strides();
+    for (int k = 1; k < N; ++k) {
+      const Sizes strides = tensors[k]->strides();
+      if (!std::equal(strides.begin(), strides.end(), first.begin(), first.end())) return false;
+    }
+    return detail::dense(*tensors[0]);
   }
 
   // Calls body(offsets, from, to): part [from, to) of one row, `offsets` being the row's first element in each tensor.
@@ -169,6 +184,25 @@ inline Scratch widened(const Tensor& parameter, int dtype) {
   });
   return wide;
 }
+
+// A (C,) parameter to be read as accumulator type: itself where that is what it is, else a widened copy.
+class WideParameter {
+ public:
+  WideParameter(const Tensor& parameter, int dtype) {
+    const int wide = dtype == 0 ? 0 : 1;
+    if (dtype_index(parameter) == wide && parameter.stride(0) == 1) {
+      data_ = const_cast<void*>(parameter.const_data_ptr());
+    } else {
+      copy_ = widened(parameter, dtype);
+      data_ = copy_.get();
+    }
+  }
+  void* get() const { return data_; }
+
+ private:
+  Scratch copy_;
+  void* data_;
+};
 
 // Partial sums (blocks, count) of accumulator type, added block after block in fp64.
 inline std::vector<double> block_sums(const Scratch& partial, int64_t blocks, int64_t count, int dtype) {

@@ -35,19 +35,21 @@ PictureView view_of(const Tensor& t) {
 }
 
 struct Geometry {
-  int64_t batch, channels, width, pixels;
+  int64_t batch, channels, height, width, pixels;
   bool rows;  // lanes over channels; else lanes over pixels
 
   // `like` is the tensor whose strides decide: the output, which follows the input's layout.
   explicit Geometry(const Tensor& like) : batch(like.size(0)) {
     const bool picture = like.dim() == 4;
     channels = like.size(picture ? 1 : 2);
-    width = picture ? like.size(3) : like.size(1);
-    pixels = picture ? like.size(2) * width : width;
+    height = picture ? like.size(2) : 1;
+    width = like.size(picture ? 3 : 1);
+    pixels = height * width;
     rows = !picture || like.stride(1) == 1;
   }
-  std::vector<int64_t> statistics_shape(const Tensor& x) const {
-    return x.dim() == 4 ? std::vector<int64_t>{batch, x.size(2), x.size(3)} : std::vector<int64_t>{batch, pixels};
+  Tensor allocate_statistics(const Tensor& x) const {
+    return x.dim() == 4 ? allocate(x, {batch, height, width}, accumulator_dtype(x))
+                        : allocate(x, {batch, width}, accumulator_dtype(x));
   }
 };
 
@@ -68,10 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   Tensor y = allocate_like(x);
   Tensor sum = residual ? allocate_like(x) : allocate(x, {0});
   const Geometry g(y);
-  Tensor mean = allocate(x, g.statistics_shape(x), accumulator_dtype(x));
-  Tensor rstd = allocate(x, g.statistics_shape(x), accumulator_dtype(x));
+  Tensor mean = g.allocate_statistics(x), rstd = g.allocate_statistics(x);
   const int dtype = dtype_index(x);
-  const Scratch wide_weight = widened(weight, dtype), wide_bias = widened(bias, dtype);
+  const WideParameter wide_weight(weight, dtype), wide_bias(bias, dtype);
 
   LayerNormCase c{};
   c.channels = g.channels, c.width = g.width, c.pixels = g.pixels, c.registers = registers, c.eps = eps;
@@ -101,6 +102,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   return {y, mean, rstd, sum};
 }
 
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// For at most 64 blocks of about `wanted` tiles, a multiple of 4 of them: two or four threads get as many each.
+int64_t tiles_per_block(int64_t count, int64_t wanted) {
+  constexpr int64_t kBlocks = 64, kThreads = 4;
+  const int64_t blocks = std::min(kBlocks, divided_up(count, wanted));
+  return std::max<int64_t>(1, divided_up(count, blocks <= 1 ? 1 : divided_up(blocks, kThreads) * kThreads));
+}
+
 // The blocks' partial sums added in order and rounded once, to the parameter's dtype.
 Tensor total(const Scratch& partial, int64_t blocks, int dtype, const Tensor& like) {
   Tensor out = allocate(like, {like.numel()});
@@ -116,14 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   Tensor dx = allocate_like(x);
   const Geometry g(dx);
   const int dtype = dtype_index(x);
-  const Scratch wide_weight = widened(weight, dtype);
+  const WideParameter wide_weight(weight, dtype);
 
   const LayerNormTable& table = SDP_ACTIVE_TABLE(layer_norm_table);
   const int64_t tile = g.rows ? 1 : table.tile_bytes / accumulator_bytes(dtype);
   const int64_t tiles = (g.pixels + tile - 1) / tile, count = g.batch * tiles;  // tiles of one pixel are rows
-  constexpr int64_t kBlocks = 64;
-  const int64_t per_block = std::max((count + kBlocks - 1) / kBlocks, g.rows ? int64_t(128) : int64_t(2));
-  const int64_t blocks = (count + per_block - 1) / per_block;
+  const int64_t per_block = tiles_per_block(count, g.rows ? 128 : 2), blocks = divided_up(count, per_block);
   const int64_t partial_bytes = blocks * g.channels * accumulator_bytes(dtype);
   const Scratch dweight(partial_bytes, true), dbias(partial_bytes, true);
 

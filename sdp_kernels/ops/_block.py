@@ -16,10 +16,10 @@ from ._checks import (
     check_grid,
     check_layer,
     check_parameter,
-    check_rank,
     check_rate,
     check_registers,
     check_rng,
+    check_tensor,
 )
 from .activation import check_activation
 
@@ -91,8 +91,7 @@ def on_tokens(
 
     y has x's shape, dtype and memory format.
     """
-    check_floating("x", x)
-    check_rank("x", x, (3, 4), "(B, T, C) or (B, C, H, W)")
+    check_tensor("x", x, (3, 4), "(B, T, C) or (B, C, H, W)")
     check_registers(registers, x)
     picture = x.dim() == 4
     if picture and grid is not None:

@@ -42,6 +42,14 @@ def check_rank(name: str, value: Tensor, ranks: tuple[int, ...], wanted: str) ->
         raise ValueError(f"{name} must be {wanted}, got {value.dim()} dimensions: {tuple(value.shape)}")
 
 
+def check_tensor(name: str, value: object, ranks: tuple[int, ...], wanted: str) -> None:
+    """A tensor of fp64, fp32, bf16 or fp16 with so many dimensions."""
+    if isinstance(value, Tensor) and value.dtype in FLOATING and value.dim() in ranks:
+        return
+    check_floating(name, value)
+    check_rank(name, value, ranks, wanted)
+
+
 def check_eps(eps: float) -> None:
     """A positive finite number."""
     if type(eps) is float and 0 < eps < math.inf:

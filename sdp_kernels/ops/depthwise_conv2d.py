@@ -8,7 +8,7 @@ from .. import reference
 from ..backends import choose
 from ..reference.depthwise_conv2d import Norm
 from ..reference.precision import accumulate_dtype, autocast_dtype
-from ._checks import check_floating, check_grid, check_parameter, check_rank, check_registers, check_same_dtype
+from ._checks import check_floating, check_grid, check_parameter, check_registers, check_same_dtype, check_tensor
 from ._contract import define, differentiate_reference, differentiating_twice, launch
 
 SCHEMAS = {
@@ -136,8 +136,7 @@ def depthwise_conv2d(
     Backward keeps x and weight (and the norm's parts) and recomputes what was normalised. Twice differentiable in eager
     mode. Source: Chollet, "Xception" (2017); the k×k forms as in ConvNeXt and ConvMixer.
     """
-    check_floating("x", x)
-    check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
+    check_tensor("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     check_kernel("weight", weight, channels)
     check_parameter("weight", weight, weight.shape, x)

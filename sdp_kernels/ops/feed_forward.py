@@ -11,7 +11,7 @@ from ..reference.feed_forward import FeedForwardWeights
 from ..reference.philox import drop_path_mask
 from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gradients_of
-from ._checks import check_eps, check_floating, check_layer, check_rank, check_rate, check_rng
+from ._checks import check_eps, check_layer, check_rate, check_rng, check_tensor
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
 from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, wgrad
@@ -148,8 +148,7 @@ def feed_forward(
     Source of the formula: Vaswani et al. (2017), with the norm in front as in Xiong et al., "On layer normalization in
     the transformer architecture" (2020).
     """
-    check_floating("x", x)
-    check_rank("x", x, (3,), "(B, T, C)")
+    check_tensor("x", x, (3,), "(B, T, C)")
     _check_weights(weights, x)
     check_activation(activation)
     check_eps(eps)

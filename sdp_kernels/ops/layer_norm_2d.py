@@ -8,11 +8,10 @@ from ..backends import choose
 from ..reference.precision import accumulate_dtype
 from ._checks import (
     check_eps,
-    check_floating,
     check_parameter,
-    check_rank,
     check_registers,
     check_residual,
+    check_tensor,
 )
 from ._contract import define, differentiating_twice, launch, other_than
 
@@ -140,8 +139,7 @@ def layer_norm_2d(
 
     Source: Ba et al., "Layer Normalization" (2016), applied per pixel as in ConvNeXt.
     """
-    check_floating("x", x)
-    check_rank("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
+    check_tensor("x", x, (3, 4), "(B, C, H, W) or (B, T, C)")
     channels = x.shape[1] if x.dim() == 4 else x.shape[2]
     if channels < 1:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")

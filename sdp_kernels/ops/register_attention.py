@@ -11,7 +11,7 @@ from ..backends import choose
 from ..composed import register_attention as composed
 from ..reference.precision import accumulate_dtype, autocast_dtype, cast
 from ..reference.register_attention import ATTEND
-from ._checks import check_eps, check_floating, check_layer, check_parameter, check_rank, check_rate, check_rng
+from ._checks import check_eps, check_layer, check_parameter, check_rate, check_rng, check_tensor
 from ._contract import define, launch, refuse_double_backward
 
 SCHEMAS = {
@@ -116,8 +116,7 @@ def register_attention(
 
     Source: Vaswani et al. (2017); q/k LayerNorm as in Dehghani et al., "Scaling ViT to 22 billion parameters" (2023).
     """
-    check_floating("qkv", qkv)
-    check_rank("qkv", qkv, (5,), "(B, T, 3, h, d)")
+    check_tensor("qkv", qkv, (5,), "(B, T, 3, h, d)")
     _, tokens, three, heads, d = qkv.shape
     if three != 3 or heads < 1 or tokens < 1:
         raise ValueError(f"qkv must be (B, T, 3, h, d) with T, h ≥ 1, got {tuple(qkv.shape)}")

@@ -9,10 +9,11 @@ import torch
 from _cases import CASES, cpu_backends
 from _layouts import normal
 from _subprocess import python
+from torch._subclasses import FakeTensorMode
 
 import sdp_kernels as sk
 from sdp_kernels import backends, info
-from sdp_kernels.backends import BACKENDS, UnsupportedError, choose
+from sdp_kernels.backends import BACKENDS, UnsupportedError, choose, type_of_device
 from sdp_kernels.ops._contract import OPERATORS
 
 X = torch.zeros(2, 3, 4, 5)
@@ -30,6 +31,13 @@ def test_automatic_choice_is_the_first_that_can(operator):
     can = [n for n, b in BACKENDS.items() if not b.unsupported_reasons(operator, "cpu", torch.float32)]
     assert choose(operator, X) == can[0]
     assert set(can) == {n for n in cpu_backends(operator) if BACKENDS[n].absent is None}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda:0", "xpu:1"])
+def test_type_of_device(device):
+    with FakeTensorMode():
+        x = torch.empty(3, device=device)
+    assert type_of_device(x) == device.partition(":")[0]
 
 
 @needs_cpu

@@ -63,7 +63,9 @@ def load() -> dict[str, CompiledLibrary]:
         if library.reason is None:
             BACKENDS[backend].operators = {op for op, kernels in OPERATORS.items() if _complete(backend, kernels)}
     if libraries["cpu"].reason is None:
-        BACKENDS["cpu"].multiplies_bf16 = bool(importlib.import_module("sdp_kernels._C").multiplies_bf16)
+        module = importlib.import_module("sdp_kernels._C")
+        found = {torch.bfloat16: module.multiplies_bf16, torch.float32: module.multiplies_fp32}
+        BACKENDS["cpu"].multiplies = frozenset(dtype for dtype, does in found.items() if does)
     return libraries
 
 

@@ -41,8 +41,8 @@ class Backend:
     """Why nothing of this backend can run here, e.g. a library that did not load."""
     prefers: Callable[[str, Tensor, Tensor], bool] | None = None
     """(optional kernel, x, weight) → whether it is to be run for them instead of the kernels that every backend has."""
-    multiplies_bf16: bool = False
-    """Whether it has GEMMs of its own for this processor, which are faster than PyTorch's."""
+    multiplies: frozenset[torch.dtype] = frozenset()
+    """Of which dtypes it has GEMMs of its own that are faster than PyTorch's on this processor."""
 
     def can(self, operator: str, device_type: str, dtype: torch.dtype) -> bool:
         """Whether this backend runs ``operator`` on tensors of that device and dtype."""
@@ -68,12 +68,14 @@ class Backend:
 
 
 def _cpu_prefers(kernel: str, x: Tensor, weight: Tensor) -> bool:
-    """Backward through an activation is one pass behind the GEMM instead of two. The other GEMMs are for bfloat16 on
-    processors that multiply its pairs, and sum an even number of products."""
+    """Backward through an activation is one pass behind the GEMM instead of two. The other GEMMs are for the processors
+    that they were written for; bfloat16 is multiplied in pairs, so they sum an even number of products."""
     if kernel == "linear_gemm_bwd":
         return True
+    if x.dtype not in BACKENDS["cpu"].multiplies:
+        return False
     summed = {"linear_gemm_fwd": weight.shape[1], "linear_gemm_dgrad": weight.shape[0]}.get(kernel, 0)
-    return BACKENDS["cpu"].multiplies_bf16 and x.dtype == torch.bfloat16 and summed % 2 == 0
+    return x.dtype != torch.bfloat16 or summed % 2 == 0
 
 
 BACKENDS: dict[str, Backend] = {

@@ -29,5 +29,7 @@ namespace sdp {
 // library.cpp
 int active_level();        // the highest level the processor has, or SDP_KERNELS_CPU_LEVEL if lower
 bool has_bf16_pairs();     // AVX512_BF16 at level 2: multiplies pairs of bf16
-bool multiplies_bf16();    // as well, and no matrix unit (AMX), with which PyTorch's GEMM is several times faster
+// Whether linear's own GEMMs are faster than PyTorch's on this processor, which must have bf16 pairs:
+bool multiplies_bf16();    // without a matrix unit (AMX), with which PyTorch's is several times faster
+bool multiplies_fp32();    // an AMD one, for which PyTorch's (MKL) leaves half of each vector unused
 }

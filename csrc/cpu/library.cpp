@@ -50,6 +50,15 @@ bool multiplies_bf16() {
   return found;
 }
 
+bool multiplies_fp32() {
+#if SDP_LEVELS == 3
+  static const bool found = has_bf16_pairs() && __builtin_cpu_is("amd");
+  return found;
+#else
+  return false;
+#endif
+}
+
 }  // namespace sdp
 
 PyMODINIT_FUNC PyInit__C(void) {
@@ -73,7 +82,8 @@ PyMODINIT_FUNC PyInit__C(void) {
       PyModule_AddStringConstant(module, "build_info", SDP_BUILD_INFO) < 0 ||
       PyModule_AddIntConstant(module, "cpu_level", sdp::chosen_level) < 0 ||
       PyModule_AddIntConstant(module, "cpu_level_detected", detected) < 0 ||
-      PyModule_AddIntConstant(module, "multiplies_bf16", sdp::multiplies_bf16()) < 0) {
+      PyModule_AddIntConstant(module, "multiplies_bf16", sdp::multiplies_bf16()) < 0 ||
+      PyModule_AddIntConstant(module, "multiplies_fp32", sdp::multiplies_fp32()) < 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -23,7 +23,14 @@ from ._checks import (
     check_rng,
     check_same_dtype,
 )
-from ._contract import define, launch, other_than, refuse_double_backward
+from ._contract import (
+    define,
+    differentiate_reference,
+    differentiating_twice,
+    launch,
+    other_than,
+    refuse_double_backward,
+)
 from .activation import check_activation
 
 SCHEMAS = {
@@ -107,6 +114,8 @@ class Branch(NamedTuple):
     layer: int = 0
     keep: bool = True
     """Backward will want z."""
+    epilogue: bool = True
+    """False where nothing stands around the GEMM."""
 
 
 def _prefers(backend: str, kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -215,8 +224,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_double_backward("linear")
         x, z, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
+        if differentiating_twice() and not ctx.branch.epilogue:
+            return *differentiate_reference(F.linear, (x, weight, bias), grad), *(None,) * 5
+        refuse_double_backward("linear")
         dx, dw, db, dscale = branch_bwd(
             grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, ctx.needs_input_grad[0]
         )
@@ -269,8 +280,8 @@ def linear(
     Returns:
         (…, out) in the residual's dtype, else x's dtype, else (under autocast) the autocast dtype.
 
-    Fused, backward keeps x and, with an activation, the pre-activation (out elements a row); it is not twice
-    differentiable there, and a clear error says so.
+    Fused, backward keeps x and, with an activation, the pre-activation (out elements a row). The plain product is twice
+    differentiable in eager mode; with anything around it, it is not where it is fused, and a clear error says so.
 
     Raises:
         TypeError, ValueError: rank, shapes, dtypes, devices, unknown activation, rates, registers, missing rng;
@@ -305,12 +316,13 @@ def linear(
     chosen = choose("linear", x, backend, limits)
     if chosen not in ("composed", "reference"):
         x = x.to(autocast_dtype(x) or x.dtype)
-        adds = layer_scale is not None or residual is not None or registers
-        if not (activation != "none" or adds or dropout or drop_path or _prefers(chosen, "linear_gemm_fwd", x, weight)):
+        adds = layer_scale is not None or residual is not None or registers > 0
+        epilogue = activation != "none" or adds or dropout > 0 or drop_path > 0
+        if not (epilogue or _prefers(chosen, "linear_gemm_fwd", x, weight)):
             chosen = "composed"
     if chosen not in ("composed", "reference"):
         path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
-        branch = Branch(activation, registers, chosen, float(dropout), layer, torch.is_grad_enabled())
+        branch = Branch(activation, registers, chosen, float(dropout), layer, torch.is_grad_enabled(), epilogue)
         residual = other_than(x, residual)
         return _fused(x, weight, bias, layer_scale, residual, path_mask, rng if dropout else None, branch)
     # Left: no kernel here, or nothing around the GEMM.

@@ -10,7 +10,7 @@ import torch
 from sdp_kernels.backends import BACKENDS
 
 # Kernels for one kind of processor; a skip would say that something is missing here.
-collect_ignore = [] if BACKENDS["cpu"].multiplies_bf16 else ["test_linear_gemm.py"]
+collect_ignore = [] if BACKENDS["cpu"].multiplies else ["test_linear_gemm.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,9 @@ def one_thread():
 
 
 def pytest_report_header() -> str:
-    why = "this processor multiplies no pairs of bf16, or has a matrix unit for them"
-    return f"left out: {', '.join(collect_ignore)} ({why})" if collect_ignore else "bf16 GEMMs of our own: tested"
+    if collect_ignore:
+        return f"left out: {', '.join(collect_ignore)} (on this processor PyTorch's GEMMs are the faster ones)"
+    return f"GEMMs of our own: tested for {', '.join(sorted(map(str, BACKENDS['cpu'].multiplies)))}"
 
 
 def pytest_collection_modifyitems(items):

@@ -33,7 +33,7 @@ SUMS = ("aten::add", "aten::add_")
 PYTORCHS_PRODUCTS = {"aten::mm", "aten::linear"}
 OUR_PRODUCTS = (
     {f"sdp_kernels_cpp::linear_gemm_{which}" for which in ("fwd", "bwd", "dgrad", "wgrad")}
-    if BACKENDS["cpu"].multiplies_bf16
+    if torch.bfloat16 in BACKENDS["cpu"].multiplies
     else set()
 )
 """What the fused block multiplies with, if not with PyTorch's."""

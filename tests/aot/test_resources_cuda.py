@@ -11,7 +11,7 @@ import pytest
 import resources
 import resources_cuda
 
-pytestmark = pytest.mark.proof("aot")
+pytestmark = pytest.mark.proof("aot cuda")
 ARCHITECTURES = pytest.mark.parametrize("arch", list(resources_cuda.ARCHITECTURES))
 
 

@@ -19,7 +19,7 @@ import resources  # noqa: E402
 import resources_triton  # noqa: E402
 from pinned import NotAvailable, environment  # noqa: E402
 
-pytestmark = pytest.mark.proof("aot")
+pytestmark = pytest.mark.proof("aot triton")
 TABLE = json.loads((HERE.parents[1] / "sdp_kernels/triton/configurations.json").read_text())
 
 

@@ -82,14 +82,12 @@ struct Row {
   static constexpr int kBytesAhead = 6144;
 };
 
+// Adds the residual, if there is one, and returns the mean of what is to be normalised.
 template <class T, bool Unit>
-inline void forward_row(const LayerNormCase& c, const Place& place) {
-  using A = Accumulator<T>;
+inline Accumulator<T> mean_of(const LayerNormCase& c, const Place& place) {
   using V = Vector<T>;
-  const A *weight = static_cast<const A*>(c.weight), *bias = static_cast<const A*>(c.bias);
-  Row<T> x(c.x, c, place);
-  const Row<T> y(c.y, c, place);
-  V totals[kChains] = {}, squares[kChains] = {};
+  const Row<T> x(c.x, c, place);
+  V totals[kChains] = {};
   if (c.residual.data != nullptr) {
     const Row<T> residual(c.residual, c, place), sum(c.sum, c, place);
     const auto ahead = [&](int64_t i) SDP_INLINED { x.fetch_ahead(i), residual.fetch_ahead(i); };
@@ -98,20 +96,38 @@ inline void forward_row(const LayerNormCase& c, const Place& place) {
       put<Unit>(sum.data, sum.channel, i, added, count);
       totals[chain] += rounded<T>(added);  // what backward will see
     });
-    x = sum;
   } else {
     const auto ahead = [&](int64_t i) SDP_INLINED { x.fetch_ahead(i); };
     along_channels<T>(c.channels, ahead, [&](int64_t i, int count, int chain) SDP_INLINED {
       totals[chain] += get<Unit>(x.data, x.channel, i, count);
     });
   }
-  const A mean = sum_of_chains(totals) / A(c.channels);
+  return sum_of_chains(totals) / Accumulator<T>(c.channels);
+}
+
+// What is normalised.
+inline const PictureView& normalised(const LayerNormCase& c) { return c.residual.data == nullptr ? c.x : c.sum; }
+
+template <class T, bool Unit>
+inline Accumulator<T> rstd_of(const LayerNormCase& c, const Place& place, Accumulator<T> mean) {
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  const Row<T> x(normalised(c), c, place);
+  V squares[kChains] = {};
   along_channels<T>(c.channels, [&](int64_t i, int count, int chain) SDP_INLINED {
     V centred = get<Unit>(x.data, x.channel, i, count) - mean;
     if (count < kLanes<T>) centred = first_lanes<T>(centred, count);
     squares[chain] += centred * centred;
   });
-  const A rstd = A(1) / __builtin_sqrt(sum_of_chains(squares) / A(c.channels) + A(c.eps));
+  return A(1) / __builtin_sqrt(sum_of_chains(squares) / A(c.channels) + A(c.eps));
+}
+
+template <class T, bool Unit>
+inline void normalise(const LayerNormCase& c, const Place& place, Accumulator<T> mean, Accumulator<T> rstd) {
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  const A *weight = static_cast<const A*>(c.weight), *bias = static_cast<const A*>(c.bias);
+  const Row<T> x(normalised(c), c, place), y(c.y, c, place);
   along_channels<T>(c.channels, [&](int64_t i, int count, int) SDP_INLINED {
     const V w = get<true>(weight, 1, i, count), b = get<true>(bias, 1, i, count);
     const V unit = (get<Unit>(x.data, x.channel, i, count) - mean) * rstd;
@@ -119,6 +135,24 @@ inline void forward_row(const LayerNormCase& c, const Place& place) {
   });
   static_cast<A*>(c.mean)[place.index] = mean;
   static_cast<A*>(c.rstd)[place.index] = rstd;
+}
+
+// The next row's mean comes before this row's last pass, so that waiting for the end of a sum is not idle. (Backward, where
+// memory is what is waited for, gets slower that way.)
+template <class T, bool Unit>
+void forward_pixels(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end) {
+  if (pixel >= end) return;
+  Place next(c, sample, pixel);
+  auto next_mean = mean_of<T, Unit>(c, next);
+  while (pixel < end) {
+    const Place place = next;
+    const auto mean = next_mean, rstd = rstd_of<T, Unit>(c, place, mean);
+    if (++pixel < end) {
+      next = Place(c, sample, pixel);
+      next_mean = mean_of<T, Unit>(c, next);
+    }
+    normalise<T, Unit>(c, place, mean, rstd);
+  }
 }
 
 // A register row: sum as usual, y = 0 and no statistics.
@@ -142,10 +176,7 @@ template <class T>
 void forward_rows(const LayerNormCase& c, int64_t sample, int64_t pixel, int64_t end) {
   for (; pixel < end && pixel < c.registers; ++pixel) forward_register<T>(c, {c, sample, pixel});
   const bool unit = unit_or_absent(c.x) && unit_or_absent(c.residual) && unit_or_absent(c.sum) && unit_or_absent(c.y);
-  for (; pixel < end; ++pixel) {
-    const Place place(c, sample, pixel);
-    unit ? forward_row<T, true>(c, place) : forward_row<T, false>(c, place);
-  }
+  unit ? forward_pixels<T, true>(c, sample, pixel, end) : forward_pixels<T, false>(c, sample, pixel, end);
 }
 
 // Adds is a constant so that every instance of this row rounds alike: a branch around the last addition would let the

@@ -85,22 +85,30 @@ def _readable(symbols: list[str]) -> dict[str, str]:
     return names
 
 
+def _command(made: Path) -> list[str]:
+    """The command that made an object of the build; empty if ninja would run it again, or can't tell."""
+    for paths in (str(Path(sys.executable).parent), os.environ.get("PATH", "")):  # a ninja reads no other version's log
+        ninja = toolchain.find_ninja({"PATH": paths})
+        with tempfile.TemporaryDirectory() as folder:  # of which it throws away those that are too old for it
+            for name in ("build.ninja", ".ninja_log", ".ninja_deps"):
+                if (made.parent / name).is_file():
+                    shutil.copy2(made.parent / name, folder)
+            ask = [*ninja.command, "-C", folder] if ninja else ["false"]
+            to_do, commands = (toolchain.run([*ask, *options, str(made)]) for options in (["-n"], ["-t", "commands"]))
+        if to_do and "no work to do" in to_do.stdout and commands and commands.returncode == 0:
+            return shlex.split(commands.stdout.splitlines()[-1])
+    return []
+
+
 def built(operator: str, work: Path = BUILT) -> Path | None:
     """The operator's object in the build's folder, if the pinned nvcc made it for ``BUILT_FOR`` alone of today's files.
 
     The flags are those used here, ninja knows every file it was made from. Both ways make the same code, to the bit.
     """
-    made, ninja = work / f"{operator}.o", toolchain.find_ninja(os.environ)
-    if ninja is None or not made.is_file() or any(os.environ.get(f"NVCC_{at}_FLAGS") for at in ("PREPEND", "APPEND")):
+    made = work / f"{operator}.o"
+    if not made.is_file() or any(os.environ.get(f"NVCC_{at}_FLAGS") for at in ("PREPEND", "APPEND")):
         return None
-    to_do, commands = (
-        toolchain.run([*ninja.command, "-C", str(work), *question, str(made)])
-        for question in (["-n"], ["-t", "commands"])
-    )
-    if not to_do or "no work to do" not in to_do.stdout or not commands or commands.returncode:
-        return None
-    command = shlex.split(commands.stdout.splitlines()[-1])
-    flags = [*NVCC_FLAGS, *gencode_flags((BUILT_FOR,))]
+    command, flags = _command(made), [*NVCC_FLAGS, *gencode_flags((BUILT_FOR,))]
     same = command[1 : 1 + len(flags)] == flags and not any("-gencode" in w for w in command[1 + len(flags) :])
     return made if same and nvcc_version(command[0]) == PINNED else None
 

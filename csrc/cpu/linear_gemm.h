@@ -2,8 +2,8 @@
 //
 // C = A·B. What one instruction multiplies is a unit: an fp32 element, or a pair of bf16 that follow each other in the sum.
 // A tile of C, kRows × three vectors, stays in registers while the sum runs; A's units are broadcast from where they stand,
-// B lies packed in panels as wide as a tile: one line of vectors for each unit of its rows. An element of C is one chain of
-// sums in the order of the units, whatever lies around it and whichever thread computes it.
+// B lies packed in panels as wide as a tile: one line of vectors for each unit of its rows. An element of C is summed in the
+// order of the units, in chains of Unit<T>::chain that are added up, whatever lies around it and whichever thread computes it.
 #pragma once
 #include "cpu/levels.h"
 #include "cpu/simd.h"
@@ -67,12 +67,12 @@ inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : coun
 
 template <class T> struct Unit;
 template <> struct Unit<float> {
-  static constexpr int64_t elements = 1;
+  static constexpr int64_t elements = 1, chain = 128;  // rounding errors grow with a chain's length
   // Units of 16 columns from a row of B.
   static __m512i of_rows(const float* row, const float*, __mmask16 there) { return _mm512_maskz_loadu_epi32(there, row); }
 };
 template <> struct Unit<BFloat16> {
-  static constexpr int64_t elements = 2;
+  static constexpr int64_t elements = 2, chain = 4096;  // its results are rounded far more coarsely than its sums
   // Elements of one row in the lower halves, of the next (if there is one) in the upper.
   static __m512i of_rows(const BFloat16* row, const BFloat16* next, __mmask16 there) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row));
@@ -140,17 +140,28 @@ __attribute__((target("avx512bf16"))) inline void store_rounded(BFloat16* to, __
 template <class T, int N, int Step>
 __attribute__((target("avx512bf16"))) void tile(const char* const (&a)[kRows], const uint32_t* b, int64_t units,
                                                 const ProductOut& c, int64_t rows, int64_t columns) {
-  __m512 sums[kRows][N];
-  SDP_UNROLL for (int i = 0; i < kRows; ++i)
-    SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
-  for (int64_t at = 0; at < units * Step; at += Step, b += N * kLine) {
-    __m512i line[N];
-    SDP_UNROLL for (int j = 0; j < N; ++j) line[j] = _mm512_loadu_si512(b + j * kLine);
-    SDP_UNROLL for (int i = 0; i < kRows; ++i) {
-      int unit;
-      memcpy(&unit, a[i] + at, sizeof(unit));
-      SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = multiplied<T>(sums[i][j], _mm512_set1_epi32(unit), line[j]);
+  constexpr int64_t kChain = Unit<T>::chain;
+  __m512 sums[kRows][N], earlier[kRows][N];  // of a chain, in registers, and of those before it
+  for (int64_t unit = 0;;) {
+    SDP_UNROLL for (int i = 0; i < kRows; ++i)
+      SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = _mm512_setzero_ps();
+    for (const int64_t end = units - unit < kChain ? units : unit + kChain; unit < end; ++unit, b += N * kLine) {
+      __m512i line[N];
+      SDP_UNROLL for (int j = 0; j < N; ++j) line[j] = _mm512_loadu_si512(b + j * kLine);
+      SDP_UNROLL for (int i = 0; i < kRows; ++i) {
+        int factor;
+        memcpy(&factor, a[i] + unit * Step, sizeof(factor));
+        SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = multiplied<T>(sums[i][j], _mm512_set1_epi32(factor), line[j]);
+      }
     }
+    if (unit == units) break;
+    SDP_UNROLL for (int i = 0; i < kRows; ++i)
+      SDP_UNROLL for (int j = 0; j < N; ++j)
+        earlier[i][j] = unit == kChain ? sums[i][j] : _mm512_add_ps(earlier[i][j], sums[i][j]);
+  }
+  if (units > kChain) {
+    SDP_UNROLL for (int i = 0; i < kRows; ++i)
+      SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = _mm512_add_ps(earlier[i][j], sums[i][j]);
   }
   SDP_UNROLL for (int i = 0; i < kRows; ++i) {
     if (i >= rows) return;

@@ -5,9 +5,12 @@
 // Vᵀ, and adds to dK and dV block after block, in order; the norms' gradients are summed per head and added in order.
 #include "cpu/register_attention_parts.h"
 #include "cpu/register_attention_products.h"
+#include "cpu/register_attention_softmax.h"
 
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
+
+constexpr int64_t kQueries = 32;  // rows of the score matrix in memory at a time; a multiple of a vector's lanes
 
 // Where the matrices stand in a thread's memory, each on a cache line; behind them the operands that Form makes of them.
 template <class T, class Form>
@@ -17,6 +20,7 @@ struct Workspace {
   static constexpr int lanes = kLanes<T>;
   int64_t width, columns, pitch, rows;  // vectors of a head, vectors of a row of scores and their pitch, rows of K
   V *k, *v, *q, *grad, *scores, *dscores, *out, *dk, *dv;
+  Statistics<V> *k_statistics, *q_statistics;
   P *k_turned, *k_stacked, *v_turned, *v_stacked, *q_along, *q_stacked, *grad_along, *grad_stacked;
   P *scores_along, *scores_down, *dscores_along, *dscores_down;
   int64_t bytes = 0;
@@ -24,10 +28,11 @@ struct Workspace {
   Workspace(const AttentionCase& c, bool backward, void* memory) {
     width = (c.d + lanes - 1) / lanes, rows = rounded_up(c.tokens, 16);
     columns = rows / lanes, pitch = columns | 1;  // odd, so that neighbouring rows fall into different sets of the cache
-    const auto take = [&](auto*& at, int64_t vectors) {
+    const auto take = [&](auto*& at, int64_t count) {
       at = reinterpret_cast<std::remove_reference_t<decltype(at)>>(static_cast<char*>(memory) + bytes);
-      bytes += rounded_up(vectors * int64_t(sizeof(V)), 64);
+      bytes += rounded_up(count * int64_t(sizeof(*at)), 64);
     };
+    take(k_statistics, columns), take(q_statistics, rounded_up(kQueries, lanes) / lanes);
     take(k, rows * width), take(v, rows * width), take(q, kQueries * width), take(out, kQueries * width);
     take(scores, kQueries * pitch);
     take(k_turned, Form::turned_size(rows, width, pitch)), take(q_along, Form::along_size(kQueries, width));
@@ -46,14 +51,10 @@ struct Workspace {
 
 // K normalised, and V; rows behind the last token are 0.
 template <class T, class Form>
-void pack_keys(const AttentionCase& c, int64_t sample, int64_t head, const Workspace<T, Form>& w) {
-  for (int64_t t = 0; t < w.rows; ++t) {
-    Vector<T> *k = w.k + t * w.width, *v = w.v + t * w.width;
-    for (int64_t i = 0; i < w.width && t >= c.tokens; ++i) k[i] = v[i] = Vector<T>{};
-    if (t >= c.tokens) continue;
-    normed_row<T>(c, sample, head, t, 1, Accumulator<T>(1), k);
-    read_row(token_row<T>(c.qkv, sample, t, 2, head), c.qkv.column, c.d, v);
-  }
+void pack_keys(const AttentionCase& c, int64_t item, const Workspace<T, Form>& w) {
+  query_or_key_rows<T>(c, item, 1, 0, c.tokens, Accumulator<T>(1), w.k, w.k_statistics);
+  read_rows<T>(head_rows<T>(c, c.qkv, item, 2, 0), c.tokens, w.v);
+  for (int64_t i = c.tokens * w.width; i < w.rows * w.width; ++i) w.k[i] = w.v[i] = Vector<T>{};
 }
 
 // Rows `count` of the matrices that a sum over the queries runs through: 0, if such a sum may take two at a time.
@@ -62,92 +63,54 @@ void end_with_zeros(int64_t count, int64_t vectors, int64_t pitch, V* matrix) {
   for (int64_t i = 0; i < vectors && count % 2 != 0; ++i) matrix[count * pitch + i] = V{};
 }
 
-// scores ← exp(scores − their maximum), dropped; returns the sum before dropping and writes lse.
+// Asks for rows of qkv that the thread's next item will read, a few at a time while this one computes.
 template <class T>
-Accumulator<T> soften_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, int64_t columns,
-                          Vector<T>* scores) {
-  using A = Accumulator<T>;
-  using V = Vector<T>;
-  limit_row(c, query, scores, columns);
-  V most = scores[0], sum{};
-  for (int64_t j = 1; j < columns; ++j) most = scores[j] > most ? scores[j] : most;
-  const A top = horizontal_maximum(most);
-  for (int64_t j = 0; j < columns; ++j) {
-    scores[j] = exponential(scores[j] - top);
-    sum += scores[j];
-  }
-  const A total = horizontal_sum(sum), log = sizeof(A) == 4 ? A(__builtin_logf(float(total))) : A(__builtin_log(double(total)));
-  static_cast<A*>(c.lse)[(sample * c.heads + head) * c.tokens + query] = top + log;
-  if (c.dropout.scale != 0.0f)
-    along_dropout<V>(c, sample, head, query, [&](int64_t j, V kept) { scores[j] *= kept; });
-  return total;
+SDP_HOST_DEVICE void prefetch_next(const AttentionCase& c, const AttentionView& view, int64_t item, int part, int64_t first,
+                                   int64_t count) {
+  if (item + 1 < c.items) prefetch_rows<false>(head_rows<T>(c, view, item + 1, part, first), count);
 }
 
 template <class T, class Form>
 void forward(const AttentionCase& c, int64_t item, void* memory) {
   using A = Accumulator<T>;
   const Workspace<T, Form> w(c, false, memory);
-  const int64_t sample = item / c.heads, head = item % c.heads;
-  pack_keys<T>(c, sample, head, w);
+  pack_keys<T>(c, item, w);
   const auto k_turned = Form::turned(w.k, w.width, w.rows, w.width, w.k_turned, w.pitch);
   const auto v = Form::stacked(w.v, w.width, w.rows, w.width, w.v_stacked);
   for (int64_t first = 0; first < c.tokens; first += kQueries) {
     const int64_t count = c.tokens - first < kQueries ? c.tokens - first : kQueries;
-    for (int64_t i = 0; i < count; ++i) normed_row<T>(c, sample, head, first + i, 0, A(c.scale), w.q + i * w.width);
+    query_or_key_rows<T>(c, item, 0, first, count, A(c.scale / kScoreUnit<T>), w.q, w.q_statistics);
     const auto q = Form::along(w.q, w.width, count, w.width, w.q_along);
+    for (int part = 0; part < 3; ++part) prefetch_next<T>(c, c.qkv, item, part, first, count);
+    prefetch_rows<true>(result_rows<T>(c, item, first), count);
     product<Form>(q, k_turned, w.scores, w.pitch, count, w.columns, c.d, false);
-    A totals[kQueries];
-    for (int64_t i = 0; i < count; ++i)
-      totals[i] = soften_row<T>(c, sample, head, first + i, w.columns, w.scores + i * w.pitch);
+    A inverses[kQueries];
+    soften_rows<T>(c, item, first, count, w.columns, w.pitch, w.scores, inverses);
     const auto weights = Form::along(w.scores, w.pitch, count, w.columns, w.scores_along);
     product<Form>(weights, v, w.out, w.width, count, w.width, c.tokens, false);
-    for (int64_t i = 0; i < count; ++i) {
-      T* to = static_cast<T*>(c.y) + ((sample * c.tokens + first + i) * c.heads + head) * c.d;
-      write_row(to, c.d, w.out + i * w.width, A(1) / totals[i]);
-    }
+    write_rows(result_rows<T>(c, item, first), count, w.out, [&](int64_t i) { return inverses[i]; });
   }
-}
-
-// scores ← the weights that v was multiplied by, dscores ← the gradient of the scores, from that of these weights.
-template <class T>
-void differentiate_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, int64_t columns,
-                       Vector<T>* scores, Vector<T>* dscores) {
-  using A = Accumulator<T>;
-  using V = Vector<T>;
-  limit_row(c, query, scores, columns);
-  const A lse = static_cast<const A*>(c.lse)[(sample * c.heads + head) * c.tokens + query];
-  for (int64_t j = 0; j < columns; ++j) scores[j] = exponential(scores[j] - lse);
-  if (c.dropout.scale != 0.0f)
-    along_dropout<V>(c, sample, head, query, [&](int64_t j, V kept) { dscores[j] *= kept; });
-  V sum{};
-  for (int64_t j = 0; j < columns; ++j) sum += scores[j] * dscores[j];
-  const A delta = horizontal_sum(sum);
-  for (int64_t j = 0; j < columns; ++j) dscores[j] = scores[j] * (dscores[j] - delta);
-  if (c.dropout.scale != 0.0f)
-    along_dropout<V>(c, sample, head, query, [&](int64_t j, V kept) { scores[j] *= kept; });
 }
 
 template <class T, class Form>
 void backward(const AttentionCase& c, int64_t item, void* memory) {
   using A = Accumulator<T>;
   const Workspace<T, Form> w(c, true, memory);
-  const int64_t sample = item / c.heads, head = item % c.heads;
-  pack_keys<T>(c, sample, head, w);
+  pack_keys<T>(c, item, w);
   const auto k_turned = Form::turned(w.k, w.width, w.rows, w.width, w.k_turned, w.pitch);
   const auto v_turned = Form::turned(w.v, w.width, w.rows, w.width, w.v_turned, w.pitch);
   const auto k = Form::stacked(w.k, w.width, w.rows, w.width, w.k_stacked);
   for (int64_t first = 0; first < c.tokens; first += kQueries) {
     const int64_t count = c.tokens - first < kQueries ? c.tokens - first : kQueries;
-    for (int64_t i = 0; i < count; ++i) {
-      normed_row<T>(c, sample, head, first + i, 0, A(c.scale), w.q + i * w.width);
-      read_row(token_row<T>(c.grad, sample, first + i, 0, head), c.grad.column, c.d, w.grad + i * w.width);
-    }
+    query_or_key_rows<T>(c, item, 0, first, count, A(c.scale / kScoreUnit<T>), w.q, w.q_statistics);
+    read_rows<T>(head_rows<T>(c, c.grad, item, 0, first), count, w.grad);
     const auto q = Form::along(w.q, w.width, count, w.width, w.q_along);
     const auto grad = Form::along(w.grad, w.width, count, w.width, w.grad_along);
+    prefetch_next<T>(c, c.qkv, item, 0, first, count), prefetch_next<T>(c, c.qkv, item, 1, first, count);
     product<Form>(q, k_turned, w.scores, w.pitch, count, w.columns, c.d, false);
+    prefetch_next<T>(c, c.qkv, item, 2, first, count), prefetch_next<T>(c, c.grad, item, 0, first, count);
     product<Form>(grad, v_turned, w.dscores, w.pitch, count, w.columns, c.d, false);
-    for (int64_t i = 0; i < count; ++i)
-      differentiate_row<T>(c, sample, head, first + i, w.columns, w.scores + i * w.pitch, w.dscores + i * w.pitch);
+    differentiate_rows<T>(c, item, first, count, w.columns, w.pitch, w.scores, w.dscores);
     // dV and dK: sums over the queries of this block, which may come in pairs.
     end_with_zeros(count, w.columns, w.pitch, w.scores), end_with_zeros(count, w.columns, w.pitch, w.dscores);
     end_with_zeros(count, w.width, w.width, w.grad), end_with_zeros(count, w.width, w.width, w.q);
@@ -155,21 +118,18 @@ void backward(const AttentionCase& c, int64_t item, void* memory) {
     const auto dweights = Form::down(w.dscores, w.pitch, count, w.columns, w.dscores_down);
     const auto grad_stacked = Form::stacked(w.grad, w.width, count, w.width, w.grad_stacked);
     const auto q_stacked = Form::stacked(w.q, w.width, count, w.width, w.q_stacked);
+    prefetch_rows<true>(gradient_rows<T>(c, item, 2, first), count);
     product<Form>(weights, grad_stacked, w.dv, w.width, c.tokens, w.width, count, first > 0);
+    prefetch_rows<true>(gradient_rows<T>(c, item, 1, first), count);
     product<Form>(dweights, q_stacked, w.dk, w.width, c.tokens, w.width, count, first > 0);
     const auto dscores = Form::along(w.dscores, w.pitch, count, w.columns, w.dscores_along);
+    prefetch_rows<true>(gradient_rows<T>(c, item, 0, first), count);
     product<Form>(dscores, k, w.out, w.width, count, w.width, c.tokens, false);
-    for (int64_t i = 0; i < count; ++i) {
-      Vector<T>* dq = w.out + i * w.width;
-      for (int64_t j = 0; j < w.width; ++j) dq[j] *= A(c.scale);
-      normed_row_backward<T>(c, item, sample, head, first + i, 0, dq);
-    }
+    query_or_key_rows_backward<T>(c, item, 0, first, count, A(c.scale), w.out, w.q_statistics);
   }
-  for (int64_t t = 0; t < c.tokens; ++t) {
-    normed_row_backward<T>(c, item, sample, head, t, 1, w.dk + t * w.width);
-    T* to = static_cast<T*>(c.dqkv) + (((sample * c.tokens + t) * 3 + 2) * c.heads + head) * c.d;
-    write_row(to, c.d, w.dv + t * w.width, A(1));
-  }
+  // The rows of q that dK is a sum of had the scores' unit.
+  query_or_key_rows_backward<T>(c, item, 1, 0, c.tokens, A(kScoreUnit<T>), w.dk, w.k_statistics);
+  write_rows(gradient_rows<T>(c, item, 2, 0), c.tokens, w.dv, [](int64_t) { return A(1); });
 }
 
 template <class T, class Form>
@@ -228,7 +188,7 @@ struct Call {
     STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, "register_attention: qkv must be (B, T, 3, h, d)");
     c.tokens = qkv.size(1), c.heads = qkv.size(3), c.d = qkv.size(4), c.registers = registers;
     STD_TORCH_CHECK(c.d <= kHeadLimit, "register_attention: d must be at most ", kHeadLimit);
-    items = qkv.size(0) * c.heads;
+    items = c.items = qkv.size(0) * c.heads;
     c.images_read_images = attend == "image_to_image" || attend == "separate";
     c.registers_read_registers = attend == "registers_to_registers" || attend == "separate";
     c.eps = eps, c.scale = scale;

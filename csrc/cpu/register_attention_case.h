@@ -24,6 +24,7 @@ struct AttentionCase {
   const void* norm_bias[2];
   void* norm_gradients;        // accumulator type, (B·h, 4, kHeadLimit), zeroed: dweight and dbias of q, then of k
   DropoutSource dropout;       // positions count (head, query, key) row-major within a sample
+  int64_t items;               // heads of all samples
 };
 
 // The dtypes, and bf16 once more for processors that multiply pairs of them; null at levels without.

@@ -1,4 +1,8 @@
-// What register attention does to rows: packed with their LayerNorm and back, the limits and masks of the softmax's rows.
+// What register attention does to rows of q, k, v and of gradients: read, normalised, written, and back through the norm.
+//
+// Where a vector holds 16 elements, the number of vectors in a row is a constant to the compiler (with_width), so that a
+// row stays in registers; sums along rows are joined for a vector of rows at a time, since row by row their latency would
+// be most of the work. As plain loops over memory these passes took as long as the products.
 #pragma once
 #include "cpu/activations.h"
 #include "cpu/register_attention_case.h"
@@ -6,124 +10,265 @@
 namespace sdp {
 namespace {
 
-constexpr int64_t kQueries = 32;  // rows of the score matrix in memory at a time
-
-// A row of d elements, `stride` apart, as vectors; lanes behind the last element are 0.
 template <class T>
-inline void read_row(const T* from, int64_t stride, int64_t d, Vector<T>* to) {
+constexpr int kMostVectors = kHeadLimit / kLanes<T>;  // of a row
+
+// Calls body(vectors of a row of d elements), an integral constant where there are at most 8.
+template <class T, class Body>
+inline void with_width(int64_t d, const Body& body) {
+  const int64_t width = (d + kLanes<T> - 1) / kLanes<T>;
+  if constexpr (kMostVectors<T> > 8) {
+    body(width);
+  } else {
+    switch (width) {
+      case 1: return body(std::integral_constant<int64_t, 1>());
+      case 2: return body(std::integral_constant<int64_t, 2>());
+      case 3: return body(std::integral_constant<int64_t, 3>());
+      case 4: return body(std::integral_constant<int64_t, 4>());
+      case 5: return body(std::integral_constant<int64_t, 5>());
+      case 6: return body(std::integral_constant<int64_t, 6>());
+      case 7: return body(std::integral_constant<int64_t, 7>());
+      default: return body(std::integral_constant<int64_t, 8>());
+    }
+  }
+}
+
+// A mask of the first `count` lanes of a V; none if count is below 0.
+template <class V>
+SDP_HOST_DEVICE auto first_lanes(int64_t count) {
+  using Numbers = decltype(V{} < V{});
+  using Number = std::remove_reference_t<decltype(Numbers{}[0])>;
+  Numbers numbers;
+  for (int i = 0; i < int(sizeof(V) / sizeof(Number)); ++i) numbers[i] = Number(i);
+  return numbers < Number(count);
+}
+
+// Lane i: the lanes of rows[i] joined two by two. A lane's place becomes its row's number, since each round puts the number
+// of the half that a row comes from before the place's bits, from the highest on.
+template <class V, int lanes, class Join>
+SDP_HOST_DEVICE V joined_lanes(V (&rows)[lanes], const Join& join) {
+  using Lanes = std::make_integer_sequence<int, lanes>;
+  SDP_UNROLL for (int half = lanes / 2; half > 0; half /= 2)
+    SDP_UNROLL for (int i = 0; i < half; ++i)
+      rows[i] = join(interleaved<0>(rows[i], rows[i + half], Lanes()),
+                     interleaved<lanes / 2>(rows[i], rows[i + half], Lanes()));
+  return rows[0];
+}
+template <class V, int lanes>
+SDP_HOST_DEVICE V lane_sums(V (&rows)[lanes]) {
+  return joined_lanes(rows, [](V a, V b) { return a + b; });
+}
+
+SDP_HOST_DEVICE Floats inverse_root(Floats x) {
+#if SDP_LEVEL == 2
+  return 1.0f / (Floats)_mm512_sqrt_ps((__m512)x);
+#else
+  return 1.0f / by_lane(x, [](float v) { return __builtin_sqrtf(v); });
+#endif
+}
+SDP_HOST_DEVICE Doubles inverse_root(Doubles x) { return 1.0 / by_lane(x, [](double v) { return __builtin_sqrt(v); }); }
+
+// Rows of d elements in a tensor; Rows<const T> are read.
+template <class T>
+struct HeadRows {
+  T* at;
+  int64_t pitch, stride, d;  // from a row to the next, from an element to the next
+
+  T* row(int64_t i) const { return at + i * pitch; }
+};
+
+// Part 0 q, 1 k, 2 v of qkv, or part 0 of a gradient, from a token on.
+template <class T>
+SDP_HOST_DEVICE HeadRows<const T> head_rows(const AttentionCase& c, const AttentionView& view, int64_t item, int64_t part,
+                                            int64_t first) {
+  const int64_t at = item / c.heads * view.batch + first * view.token + part * view.part + item % c.heads * view.head;
+  return {reinterpret_cast<const T*>(view.data) + at, view.token, view.column, c.d};
+}
+// The same of dqkv, and of y.
+template <class T>
+SDP_HOST_DEVICE HeadRows<T> gradient_rows(const AttentionCase& c, int64_t item, int64_t part, int64_t first) {
+  const int64_t at = (item / c.heads * c.tokens + first) * 3 + part;
+  return {static_cast<T*>(c.dqkv) + (at * c.heads + item % c.heads) * c.d, 3 * c.heads * c.d, 1, c.d};
+}
+template <class T>
+SDP_HOST_DEVICE HeadRows<T> result_rows(const AttentionCase& c, int64_t item, int64_t first) {
+  const int64_t at = item / c.heads * c.tokens + first;
+  return {static_cast<T*>(c.y) + (at * c.heads + item % c.heads) * c.d, c.heads * c.d, 1, c.d};
+}
+
+// Asks for rows that will be read or written: they are too far apart for the processor to foresee them.
+template <bool Written, class T>
+SDP_HOST_DEVICE void prefetch_rows(const HeadRows<T>& rows, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t row = 0; row < count && rows.stride == 1; ++row)
+    for (int64_t i = 0; i < rows.d + line - 1; i += line)
+      __builtin_prefetch(rows.row(row) + (i < rows.d ? i : rows.d - 1), Written, 3);
+}
+
+// A row as vectors; lanes behind the last element are 0.
+template <class T>
+__attribute__((noinline)) void gather_row(const T* from, int64_t stride, int64_t d, Vector<T>* to) {
   constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + lanes <= d; i += lanes) *to++ = load(from + i);
-  for (; i < d; i += lanes) *to++ = load_part(from + i * stride, d - i < lanes ? int(d - i) : lanes, stride);
+  for (int64_t i = 0; i < d; i += lanes)
+    *to++ = load_part(from + i * stride, d - i < lanes ? int(d - i) : lanes, stride);
 }
-template <class T>
-inline void write_row(T* to, int64_t d, const Vector<T>* from, Accumulator<T> factor) {
+template <class T, class Width>
+SDP_HOST_DEVICE void read_row(const HeadRows<const T>& rows, int64_t row, Width width, Vector<T>* to) {
   constexpr int lanes = kLanes<T>;
-  int64_t i = 0;
-  for (; i + lanes <= d; i += lanes) store(to + i, *from++ * factor);
-  if (i < d) store_part(to + i, *from * factor, int(d - i));
+  const T* from = rows.row(row);
+  if (rows.stride != 1) return gather_row(from, rows.stride, rows.d, to);
+  for (int64_t i = 0; i + 1 < width; ++i) to[i] = load(from + i * lanes);
+  to[width - 1] = load_part(from + (width - 1) * lanes, int(rows.d - (width - 1) * lanes));
 }
-
-// x ← x̂ = (x − mean) / √(var + eps) over d elements of a row, with 0 in the lanes behind; returns 1 / √(var + eps).
-template <class V, class A>
-inline A standardise(V* x, int64_t d, A eps) {
-  constexpr int lanes = VectorOf<A>::lanes;
-  const int64_t width = (d + lanes - 1) / lanes;
-  V sum{}, squares{};
-  for (int64_t i = 0; i < width; ++i) sum += x[i];
-  const A mean = horizontal_sum(sum) / A(d);
-  for (int64_t i = 0; i < width; ++i) x[i] -= mean;
-  for (int64_t lane = d - (width - 1) * lanes; lane < lanes; ++lane) x[width - 1][lane] = 0;
-  for (int64_t i = 0; i < width; ++i) squares += x[i] * x[i];
-  const A variance = horizontal_sum(squares) / A(d) + eps;
-  const A inverse = A(1) / (sizeof(A) == 4 ? A(__builtin_sqrtf(float(variance))) : A(__builtin_sqrt(double(variance))));
-  for (int64_t i = 0; i < width; ++i) x[i] *= inverse;
-  return inverse;
-}
-
-// A matrix (T, d) inside qkv or its gradient: part 0 q, 1 k, 2 v.
-template <class T>
-inline const T* token_row(const AttentionView& view, int64_t sample, int64_t token, int64_t part, int64_t head) {
-  return reinterpret_cast<const T*>(view.data) + sample * view.batch + token * view.token + part * view.part +
-         head * view.head;
-}
-
-// Token's row of q (part 0) or k (1), normalised if it has a norm, times `factor`.
-template <class T>
-inline void normed_row(const AttentionCase& c, int64_t sample, int64_t head, int64_t token, int part,
-                       Accumulator<T> factor, Vector<T>* to) {
-  using A = Accumulator<T>;
+template <class T, class Width>
+SDP_HOST_DEVICE void write_row(const HeadRows<T>& rows, int64_t row, Width width, const Vector<T>* from) {
   constexpr int lanes = kLanes<T>;
-  read_row(token_row<T>(c.qkv, sample, token, part, head), c.qkv.column, c.d, to);
-  const A *weight = static_cast<const A*>(c.norm_weight[part]), *bias = static_cast<const A*>(c.norm_bias[part]);
-  if (weight != nullptr) standardise(to, c.d, A(c.eps));
-  for (int64_t i = 0; i * lanes < c.d; ++i)
-    to[i] = (weight == nullptr ? to[i] : to[i] * load(weight + i * lanes) + load(bias + i * lanes)) * factor;
+  for (int64_t i = 0; i + 1 < width; ++i) store(rows.row(row) + i * lanes, from[i]);
+  store_part(rows.row(row) + (width - 1) * lanes, from[width - 1], int(rows.d - (width - 1) * lanes));
 }
 
-// From the gradient of what normed_row returned without its factor to that of qkv's row; `gradient` is overwritten.
+// Rows as they are, and back, factor(row) times each.
 template <class T>
-inline void normed_row_backward(const AttentionCase& c, int64_t item, int64_t sample, int64_t head, int64_t token,
-                                int part, Vector<T>* gradient) {
+inline void read_rows(HeadRows<const T> rows, int64_t count, Vector<T>* to) {
+  with_width<T>(rows.d, [=](auto width) {
+    for (int64_t row = 0; row < count; ++row) read_row<T>(rows, row, width, to + row * width);
+  });
+}
+template <class T, class Factor>
+inline void write_rows(HeadRows<T> rows, int64_t count, const Vector<T>* from, const Factor& factor) {
+  with_width<T>(rows.d, [=](auto width) {
+    for (int64_t row = 0; row < count; ++row) {
+      Vector<T> x[kMostVectors<T>];
+      for (int64_t i = 0; i < width; ++i) x[i] = from[row * width + i] * factor(row);
+      write_row(rows, row, width, x);
+    }
+  });
+}
+
+// A norm's parameters, kHeadLimit each; null without that norm. And the statistics of as many rows as a vector has lanes.
+template <class A>
+struct Norm {
+  const A *weight, *bias;
+  A eps;
+};
+template <class V>
+struct Statistics {
+  V mean, inverse;  // 1 / √(var + eps)
+};
+
+// Rows normalised, times `factor`; statistics[i / lanes] are kept of row i.
+template <class T, class Width>
+void normed_rows(HeadRows<const T> rows, int64_t count, Norm<Accumulator<T>> norm, Accumulator<T> factor, Width width,
+                 Vector<T>* to, Statistics<Vector<T>>* statistics) {
   using A = Accumulator<T>;
   using V = Vector<T>;
   constexpr int lanes = kLanes<T>;
-  const int64_t width = (c.d + lanes - 1) / lanes;
-  T* to = static_cast<T*>(c.dqkv) + (((sample * c.tokens + token) * 3 + part) * c.heads + head) * c.d;
-  if (const A* weight = static_cast<const A*>(c.norm_weight[part])) {
-    A *dweight = static_cast<A*>(c.norm_gradients) + (item * 4 + part * 2) * kHeadLimit, *dbias = dweight + kHeadLimit;
-    V x[kHeadLimit / lanes], sum{}, along{};
-    read_row(token_row<T>(c.qkv, sample, token, part, head), c.qkv.column, c.d, x);
-    const A inverse = standardise(x, c.d, A(c.eps));
-    for (int64_t i = 0; i < width; ++i) {
-      store(dweight + i * lanes, load(dweight + i * lanes) + gradient[i] * x[i]);
-      store(dbias + i * lanes, load(dbias + i * lanes) + gradient[i]);
-      gradient[i] *= load(weight + i * lanes);
-      sum += gradient[i], along += gradient[i] * x[i];
+  const auto last = first_lanes<V>(rows.d - (width - 1) * lanes);
+  for (; count > 0; count -= lanes, rows.at += lanes * rows.pitch, to += lanes * width, ++statistics) {
+    const int64_t some = count < lanes ? count : lanes;
+    V sums[lanes], squares[lanes];
+    for (int64_t row = some; row < lanes; ++row) sums[row] = squares[row] = V{};
+    for (int64_t row = 0; row < some; ++row) {
+      V x[kMostVectors<T>];
+      read_row<T>(rows, row, width, x);
+      for (int64_t i = 0; i < width; ++i) sums[row] = i == 0 ? x[0] : sums[row] + x[i], to[row * width + i] = x[i];
     }
-    const A mean = horizontal_sum(sum) / A(c.d), slope = horizontal_sum(along) / A(c.d);
-    for (int64_t i = 0; i < width; ++i) gradient[i] = (gradient[i] - mean - x[i] * slope) * inverse;
-  }
-  write_row(to, c.d, gradient, A(1));
-}
-
-// Scores of keys that the query may not read, and of the columns behind the last key, become −∞.
-template <class V>
-inline void limit_row(const AttentionCase& c, int64_t query, V* scores, int64_t columns) {
-  constexpr int lanes = sizeof(V) / sizeof(scores[0][0]);
-  const bool image = query >= c.registers;
-  const int64_t first = image && c.images_read_images ? c.registers : 0;
-  const int64_t last = !image && c.registers_read_registers ? c.registers : c.tokens;
-  const auto forbid = [&](int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; ++j) scores[j / lanes][j % lanes] = -__builtin_inf();
-  };
-  forbid(0, first);
-  forbid(last, columns * lanes);
-}
-
-template <class V>
-inline auto horizontal_maximum(V v) {
-  auto top = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(top); ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
-// Calls body(column in vectors, dropout factors) along a query's row of scores.
-template <class V, class Body>
-inline void along_dropout(const AttentionCase& c, int64_t sample, int64_t head, int64_t query, const Body& body) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  static_assert(kDropoutChunk % lanes == 0, "whole vectors");
-  DropoutFactors drawn;
-  for (int64_t first = 0; first < c.tokens; first += kDropoutChunk) {
-    const int count = c.tokens - first < kDropoutChunk ? int(c.tokens - first) : kDropoutChunk;
-    const float* factors = drawn.draw(c.dropout, uint32_t(sample), (head * c.tokens + query) * c.tokens + first, count);
-    for (int i = 0; i < count; i += lanes) {
-      V kept{};
-      for (int lane = 0; lane < lanes && i + lane < count; ++lane) kept[lane] = factors[i + lane];
-      body((first + i) / lanes, kept);
+    statistics->mean = lane_sums(sums) / A(rows.d);
+    const A* means = reinterpret_cast<const A*>(&statistics->mean);
+    for (int64_t row = 0; row < some; ++row) {
+      V square{};
+      for (int64_t i = 0; i < width; ++i) {
+        V x = to[row * width + i] - means[row];
+        if (i + 1 == width) x = last ? x : V{};
+        square += x * x, to[row * width + i] = x;
+      }
+      squares[row] = square;
     }
+    statistics->inverse = inverse_root(lane_sums(squares) / A(rows.d) + norm.eps);
+    const A* inverses = reinterpret_cast<const A*>(&statistics->inverse);
+    V weights[kMostVectors<T>], biases[kMostVectors<T>];
+    for (int64_t i = 0; i < width; ++i)
+      weights[i] = load(norm.weight + i * lanes) * factor, biases[i] = load(norm.bias + i * lanes) * factor;
+    for (int64_t row = 0; row < some; ++row)
+      for (int64_t i = 0; i < width; ++i)
+        to[row * width + i] = to[row * width + i] * inverses[row] * weights[i] + biases[i];
   }
+}
+
+// From `factor` times the gradients of what normed_rows returned without its factor to those of the rows it read. The
+// gradients of weight and bias are added to, kHeadLimit after one another.
+template <class T, class Width>
+void normed_rows_backward(HeadRows<const T> rows, int64_t count, Norm<Accumulator<T>> norm, Accumulator<T> factor,
+                          Width width, Vector<T>* gradients, const Statistics<Vector<T>>* statistics, HeadRows<T> to,
+                          Accumulator<T>* dnorm) {
+  using A = Accumulator<T>;
+  using V = Vector<T>;
+  constexpr int lanes = kLanes<T>;
+  const auto last = first_lanes<V>(rows.d - (width - 1) * lanes);
+  V dweights[kMostVectors<T>], dbiases[kMostVectors<T>], weights[kMostVectors<T>];
+  for (int64_t i = 0; i < width; ++i) dweights[i] = dbiases[i] = V{}, weights[i] = load(norm.weight + i * lanes);
+  for (; count > 0; count -= lanes, rows.at += lanes * rows.pitch, to.at += lanes * to.pitch, ++statistics) {
+    const int64_t some = count < lanes ? count : lanes;
+    const A* means = reinterpret_cast<const A*>(&statistics->mean);
+    const A* inverses = reinterpret_cast<const A*>(&statistics->inverse);
+    V sums[lanes], slopes[lanes], normed[lanes * kMostVectors<T>];
+    for (int64_t row = some; row < lanes; ++row) sums[row] = slopes[row] = V{};
+    for (int64_t row = 0; row < some; ++row) {
+      V x[kMostVectors<T>], sum{}, slope{};
+      read_row<T>(rows, row, width, x);
+      for (int64_t i = 0; i < width; ++i) {
+        x[i] = (x[i] - means[row]) * inverses[row];
+        if (i + 1 == width) x[i] = last ? x[i] : V{};
+        V gradient = gradients[row * width + i] * factor;
+        dweights[i] += gradient * x[i], dbiases[i] += gradient;
+        gradient *= weights[i];
+        sum += gradient, slope += gradient * x[i];
+        gradients[row * width + i] = gradient, normed[row * width + i] = x[i];
+      }
+      sums[row] = sum, slopes[row] = slope;
+    }
+    const V mean = lane_sums(sums) / A(rows.d), along = lane_sums(slopes) / A(rows.d);
+    A shifts[lanes], tilts[lanes];
+    store(shifts, mean), store(tilts, along);
+    for (int64_t row = 0; row < some; ++row) {
+      V x[kMostVectors<T>];
+      for (int64_t i = 0; i < width; ++i)
+        x[i] = (gradients[row * width + i] - shifts[row] - normed[row * width + i] * tilts[row]) * inverses[row];
+      write_row(to, row, width, x);
+    }
+    gradients += lanes * width;
+  }
+  for (int64_t i = 0; i < width; ++i, dnorm += lanes) {
+    store(dnorm, load(dnorm) + dweights[i]);
+    store(dnorm + kHeadLimit, load(dnorm + kHeadLimit) + dbiases[i]);
+  }
+}
+
+// Rows of q (part 0) or k (1) from a token on, and from their gradients to those of qkv.
+template <class T>
+inline void query_or_key_rows(const AttentionCase& c, int64_t item, int part, int64_t first, int64_t count,
+                              Accumulator<T> factor, Vector<T>* to, Statistics<Vector<T>>* statistics) {
+  using A = Accumulator<T>;
+  const auto rows = head_rows<T>(c, c.qkv, item, part, first);
+  const Norm<A> norm{static_cast<const A*>(c.norm_weight[part]), static_cast<const A*>(c.norm_bias[part]), A(c.eps)};
+  with_width<T>(c.d, [=](auto width) {
+    if (norm.weight != nullptr) return normed_rows<T>(rows, count, norm, factor, width, to, statistics);
+    read_rows<T>(rows, count, to);
+    for (int64_t i = 0; i < count * width; ++i) to[i] *= factor;
+  });
+}
+template <class T>
+inline void query_or_key_rows_backward(const AttentionCase& c, int64_t item, int part, int64_t first, int64_t count,
+                                       Accumulator<T> factor, Vector<T>* gradients, const Statistics<Vector<T>>* statistics) {
+  using A = Accumulator<T>;
+  const auto rows = head_rows<T>(c, c.qkv, item, part, first);
+  const auto to = gradient_rows<T>(c, item, part, first);
+  const Norm<A> norm{static_cast<const A*>(c.norm_weight[part]), static_cast<const A*>(c.norm_bias[part]), A(c.eps)};
+  A* dnorm = static_cast<A*>(c.norm_gradients) + (item * 4 + part * 2) * kHeadLimit;
+  with_width<T>(c.d, [=](auto width) {
+    if (norm.weight == nullptr) write_rows<T>(to, count, gradients, [=](int64_t) { return factor; });
+    else normed_rows_backward<T>(rows, count, norm, factor, width, gradients, statistics, to, dnorm);
+  });
 }
 
 }  // namespace

@@ -110,6 +110,7 @@ struct Accumulated {
 
 #if SDP_LEVEL == 2 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
 #define SDP_BF16_PAIRS 1
+#define SDP_MULTIPLIES_PAIRS __attribute__((target("avx512bf16")))
 
 // Of pairs of bf16 that follow each other in the sum, multiplied and added to fp32 by one instruction (AVX512_BF16, which
 // the host side asks the processor for). Rows that a sum of odd length lacks have to be 0.
@@ -127,21 +128,21 @@ struct Paired {
     return along_pitch(columns) * lanes * pitch + along_size(rows, columns);
   }
 
-  static Left<uint32_t> along(const V* m, int64_t pitch, int64_t rows, int64_t columns, Bits* to) {
+  static SDP_MULTIPLIES_PAIRS Left<uint32_t> along(const V* m, int64_t pitch, int64_t rows, int64_t columns, Bits* to) {
     const int64_t to_pitch = along_pitch(columns);
-    for (int64_t i = 0; i < rows; ++i) {
-      to[(i + 1) * to_pitch - 1] = Bits{};
-      BFloat16* row = reinterpret_cast<BFloat16*>(to + i * to_pitch);
-      for (int64_t j = 0; j < columns; ++j) store(row + j * lanes, m[i * pitch + j]);
+    for (int64_t i = 0; i < rows; ++i, m += pitch, to += to_pitch) {
+      for (int64_t j = 0; j < columns / 2; ++j) to[j] = (Bits)_mm512_cvtne2ps_pbh((__m512)m[2 * j + 1], (__m512)m[2 * j]);
+      if (columns % 2 != 0) to[columns / 2] = (Bits)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), (__m512)m[columns - 1]);
     }
-    return {reinterpret_cast<const uint32_t*>(to), to_pitch * lanes, 1};
+    return {reinterpret_cast<const uint32_t*>(to - rows * to_pitch), to_pitch * lanes, 1};
   }
-  static Right<Bits> stacked(const V* m, int64_t pitch, int64_t rows, int64_t columns, Bits* to) {
+  static SDP_MULTIPLIES_PAIRS Right<Bits> stacked(const V* m, int64_t pitch, int64_t rows, int64_t columns, Bits* to) {
+    const __m512i alternating = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < columns; ++j) {
-        const HalfBits low = round_to(m[i * pitch + j], BFloat16());
-        const HalfBits high = round_to(m[(i + 1) * pitch + j], BFloat16());
-        to[i / 2 * columns + j] = __builtin_convertvector(low, Bits) | __builtin_convertvector(high, Bits) << 16;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)m[(i + 1) * pitch + j], (__m512)m[i * pitch + j]);
+        to[i / 2 * columns + j] = (Bits)_mm512_permutexvar_epi16(alternating, both);
       }
     return {to, columns};
   }
@@ -158,7 +159,7 @@ struct Paired {
   }
 
   template <int M, int N>
-  static __attribute__((target("avx512bf16"))) void tile(const Left<uint32_t>& a, const Right<Bits>& b, V* c,
+  static SDP_MULTIPLIES_PAIRS void tile(const Left<uint32_t>& a, const Right<Bits>& b, V* c,
                                                          int64_t c_pitch, int64_t depth, bool add) {
     __m512 sums[M][N];
     SDP_UNROLL for (int i = 0; i < M; ++i)

@@ -38,9 +38,9 @@ class OldestTorch:
 
 def symbols(library: Path, which: str) -> set[str]:
     """torch's names that a library has: ``which`` is "defined" or "undefined"."""
-    command = ["nm", "-D", f"--{which}-only", "--format=just-symbols", str(library)]
+    command = ["nm", "-D", "-P", f"--{which}-only", str(library)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name for line in listed.splitlines() if OF_TORCH.match(name := line.partition("@")[0])}
+    return {name for line in listed.splitlines() if OF_TORCH.match(name := line.split()[0].partition("@")[0])}
 
 
 def newer(library: Path, oldest: OldestTorch) -> set[str]:

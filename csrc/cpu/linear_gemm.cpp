@@ -170,13 +170,16 @@ Tensor linear_gemm_dgrad(const Tensor& d, const Tensor& weight) {
   return dx;
 }
 
-// dᵀ·x, summed over kSummed bytes of a column at a time, so that what is packed of them stays in the caches.
+// dᵀ·x, summed over kSummed bytes of a column at a time, so that what is packed of them stays in the caches. The narrower
+// matrix is packed as a whole, the wider one kColumns at a time: where that is x, the transpose is what comes out.
 Tensor linear_gemm_wgrad(const Tensor& d, const Tensor& x) {
   constexpr int64_t kSummed = 6144, kColumns = 96;
-  const Matrix a(d), m(x);
-  STD_TORCH_CHECK(a.rows == m.rows, "linear_gemm_wgrad: d and x must have the same rows");
-  Tensor dweight = allocate(d, {a.columns, m.columns});
+  const bool turned = x.size(2) > d.size(2);
+  const Matrix a(turned ? x : d), m(turned ? d : x);
+  STD_TORCH_CHECK(a.rows == m.rows && a.dtype == m.dtype, "linear_gemm_wgrad: d and x must have the same rows and dtype");
+  Tensor dweight = allocate(d, {d.size(2), x.size(2)});
   const int64_t element = element_bytes(a.dtype), unit = unit_elements(a.dtype), outputs = a.columns * m.columns;
+  const int64_t pitch = x.size(2), step = turned ? 1 : pitch;  // from one of a's columns to the next
   const int64_t parts = std::max<int64_t>(1, (a.rows * element + kSummed - 1) / kSummed);
   const int64_t part = ((a.rows + parts - 1) / parts + unit - 1) / unit * unit;
   const bool rounds = a.dtype != kFloat32 && parts > 1;  // after the last part
@@ -194,9 +197,9 @@ Tensor linear_gemm_wgrad(const Tensor& d, const Tensor& x) {
       const Scratch memory(kColumns * b->units * int64_t(sizeof(uint32_t)));
       for (int64_t place = first; place < last; ++place) {
         const int64_t column = place / groups * kColumns, group = place % groups, panels = b->count();
-        ProductOut c{nullptr, nullptr, nullptr, i > 0, m.columns};
-        if (sums != nullptr) c.sums = sums + column * m.columns;
-        else c.rounded = mutable_bytes(dweight) + column * m.columns * element;
+        ProductOut c{nullptr, nullptr, nullptr, i > 0, pitch, turned};
+        if (sums != nullptr) c.sums = sums + column * step;
+        else c.rounded = mutable_bytes(dweight) + column * step * element;
         ProductRows from = a.from(begin);
         from.data += column * element;
         products(a.dtype).turned(from, *b, c, std::min(kColumns, a.columns - column), panels * group / groups,

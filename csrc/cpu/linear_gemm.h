@@ -35,6 +35,7 @@ struct ProductOut {
   float* sums;
   bool add;
   int64_t pitch;  // in elements
+  bool turned = false;  // its transpose is what is written, without a bias
 };
 
 struct ProductTable {
@@ -43,8 +44,8 @@ struct ProductTable {
   void (*pack)(ProductRows from, const Panels& to, int64_t begin, int64_t end);
   // C (rows × b.columns) = A·B with A (rows × b.summed, whole units).
   void (*rows)(ProductRows a, const Panels& b, const ProductOut& c, int64_t rows);
-  // Panels [begin, end) of C (columns × b.columns) = Aᵀ·B with A (b.summed × columns); the memory is for
-  // ⌈columns / 16⌉ · 16 · b.units units.
+  // Panels [begin, end) of C (columns × b.columns) = Aᵀ·B with A (b.summed × columns), or of its transpose; the memory is
+  // for ⌈columns / 16⌉ · 16 · b.units units.
   void (*turned)(ProductRows a, const Panels& b, const ProductOut& c, int64_t columns, int64_t begin, int64_t end,
                  uint32_t* memory);
 };
@@ -136,6 +137,25 @@ __attribute__((target("avx512bf16"))) inline void store_rounded(BFloat16* to, __
   _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
+// A tile, by its columns: eight elements side by side.
+template <class T, int N>
+__attribute__((target("avx512bf16"))) void store_turned(const __m512 (&sums)[kRows][N], const ProductOut& c, int64_t rows,
+                                                        int64_t columns) {
+  const __mmask16 there = first_lanes(rows < kRows ? rows : kRows);
+  SDP_UNROLL for (int j = 0; j < N; ++j) {
+    Bits square[kLine] = {};
+    SDP_UNROLL for (int i = 0; i < kRows; ++i) square[i] = (Bits)sums[i][j];
+    transpose(square);
+    for (int64_t i = 0; i < kLine && j * kLine + i < columns; ++i) {
+      const int64_t at = (j * kLine + i) * c.pitch;
+      const __m512 value = (__m512)square[i];
+      if (c.sums == nullptr) store_rounded(reinterpret_cast<T*>(c.rounded) + at, there, value);
+      else _mm512_mask_storeu_ps(c.sums + at, there,
+                                 c.add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, c.sums + at), value) : value);
+    }
+  }
+}
+
 // One tile: row i of A begins at a[i], its units are Step bytes apart. Only `rows` and `columns` of it are written.
 template <class T, int N, int Step>
 __attribute__((target("avx512bf16"))) void tile(const char* const (&a)[kRows], const uint32_t* b, int64_t units,
@@ -163,6 +183,7 @@ __attribute__((target("avx512bf16"))) void tile(const char* const (&a)[kRows], c
     SDP_UNROLL for (int i = 0; i < kRows; ++i)
       SDP_UNROLL for (int j = 0; j < N; ++j) sums[i][j] = _mm512_add_ps(earlier[i][j], sums[i][j]);
   }
+  if (c.turned) return store_turned<T, N>(sums, c, rows, columns);
   SDP_UNROLL for (int i = 0; i < kRows; ++i) {
     if (i >= rows) return;
     SDP_UNROLL for (int j = 0; j < N; ++j) {
@@ -180,7 +201,7 @@ __attribute__((target("avx512bf16"))) void tile(const char* const (&a)[kRows], c
 }
 
 inline ProductOut moved(ProductOut c, int64_t row, int64_t column, int64_t element) {
-  const int64_t by = row * c.pitch + column;
+  const int64_t by = c.turned ? column * c.pitch + row : row * c.pitch + column;
   if (c.sums != nullptr) c.sums += by;
   else c.rounded += by * element;
   if (c.bias != nullptr) c.bias += column;

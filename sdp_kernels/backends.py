@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ._device import type_of_device
+
 log = logging.getLogger("sdp_kernels")
 
 HALF_AND_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -127,16 +129,6 @@ def use_backend(name: str | None) -> Iterator[None]:
 def every_reason(operator: str, device_type: str, dtype: torch.dtype) -> dict[str, list[str]]:
     """Backend → reasons against the case, for all backends; an empty list means it can."""
     return {name: b.unsupported_reasons(operator, device_type, dtype) for name, b in BACKENDS.items()}
-
-
-_CPU = torch.device("cpu")
-
-
-def type_of_device(x: Tensor) -> str:
-    """``x.device.type``, which writes a new string at each call: that costs more than all else here."""
-    if x.is_cuda:
-        return "cuda"
-    return "cpu" if x.device == _CPU else x.device.type
 
 
 def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[str, str] | None = None) -> str:

@@ -11,7 +11,7 @@ from .. import reference
 from ..backends import BACKENDS, choose
 from ..composed import linear as composed
 from ..reference.philox import drop_path_mask
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype, cast
 from ._checks import (
     check_floating,
     check_layer,
@@ -231,15 +231,15 @@ class _Linear(torch.autograd.Function):
         dx, dw, db, dscale = branch_bwd(
             grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, ctx.needs_input_grad[0]
         )
-        db = None if bias is None else db.to(bias.dtype)
-        dscale = None if layer_scale is None else dscale.to(layer_scale.dtype)
+        db = None if bias is None else cast(db, bias.dtype)
+        dscale = None if layer_scale is None else cast(dscale, layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
 
 
 def _fused(x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch) -> Tensor:
     """Casts as autocast wants it, and brings any rank to (B, T, in)."""
     if (dtype := autocast_dtype(x)) is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
     shape = (*x.shape[:-1], weight.shape[0])
     if x.dim() != 3:
         batch = x.shape[0] if x.dim() > 1 else 1
@@ -315,7 +315,7 @@ def linear(
         limits = dict.fromkeys(("cpu", "cuda"), f"adds no {residual.dtype} residual to {x.dtype}")
     chosen = choose("linear", x, backend, limits)
     if chosen not in ("composed", "reference"):
-        x = x.to(autocast_dtype(x) or x.dtype)
+        x = cast(x, autocast_dtype(x) or x.dtype)
         adds = layer_scale is not None or residual is not None or registers > 0
         epilogue = activation != "none" or adds or dropout > 0 or drop_path > 0
         if not (epilogue or _prefers(chosen, "linear_gemm_fwd", x, weight)):

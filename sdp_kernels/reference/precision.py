@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backends import type_of_device
+from .._device import type_of_device
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 import sdp_kernels as sk
 from sdp_kernels import backends, info
-from sdp_kernels.backends import BACKENDS, UnsupportedError, choose, type_of_device
+from sdp_kernels._device import type_of_device
+from sdp_kernels.backends import BACKENDS, UnsupportedError, choose
 from sdp_kernels.ops._contract import OPERATORS
 
 X = torch.zeros(2, 3, 4, 5)

@@ -85,6 +85,16 @@ def test_large_scores_do_not_overflow(backend):
         assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("part", "spoilt"), [(0, 1), (1, 20), (2, 20)], ids=["q", "k", "v"])
+def test_what_is_not_a_number_reaches_whoever_reads_it(backend, part, spoilt, dtype):
+    """A query its own row, a key or a value every row: a maximum or a bounded exponent must not swallow it."""
+    qkv = normal(1, 20, 3, 1, 16).to(dtype)
+    qkv[0, 5, part, 0, 3] = float("nan")
+    rows = sk.register_attention(qkv, backend=backend).isnan().any(-1)
+    assert rows.sum() == spoilt and rows[0, 5]
+
+
 @pytest.mark.parametrize("attend", sk.ATTEND)
 def test_dropout_replaces_weights_and_keeps_their_mean(backend, attend):
     """Averaged over many draws the result is that without dropout; each draw alone is not."""

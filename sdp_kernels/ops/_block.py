@@ -48,9 +48,10 @@ def cast_parts(weights: tuple, prefixes: tuple[str, ...], x: Tensor) -> Iterator
 
 
 def gradients_of(weights: tuple, found: dict[str, Tensor | None]) -> Iterator[Tensor | None]:
-    """By the parts' order and in their dtypes; None for those that are not there."""
+    """By the parts' order and in their dtypes; None for those that are not there or not wanted."""
     for name, part in zip(weights._fields, weights, strict=True):
-        yield None if part is None else cast(found[name], part.dtype)
+        gradient = None if part is None else found[name]
+        yield None if gradient is None else cast(gradient, part.dtype)
 
 
 class Forms(NamedTuple):

@@ -78,23 +78,27 @@ class _ConvMLP(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_double_backward("conv_mlp")
         x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights = ctx.saved_tensors
-        o, w = ctx.options, ConvMLPWeights(*weights)
+        o, w, wants = ctx.options, ConvMLPWeights(*weights), ConvMLPWeights(*ctx.needs_input_grad[4:])
         inner = Branch(o.activation, o.registers, o.backend)
-        d = {}
+        d = {"expand_weight": None}
 
         dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale2"] = hidden_bwd(
-            grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner
-        )
-        n = cast(_norm(x1, w.norm2_weight, w.norm2_bias, o)[0], conv.dtype)
-        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.backend)
+            grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner,
+            wants.project_weight or wants.layer_scale2,
+        )  # fmt: skip
+        if wants.expand_weight:
+            n = cast(_norm(x1, w.norm2_weight, w.norm2_bias, o)[0], conv.dtype)
+            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.backend)
+            del n
         dn = dgrad(dhidden, w.expand_weight, o.backend)
-        del n, dhidden
+        del dhidden
         dx1, d["norm2_weight"], d["norm2_bias"] = launch(
             o.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
         )
         dconv, d["pointwise_weight"], d["pointwise_bias"], d["layer_scale1"] = branch_bwd(
-            dx1, conv, z, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, mask1, inner
-        )
+            dx1, conv, z, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, mask1, inner,
+            wants_dw=wants.pointwise_weight or wants.layer_scale1,
+        )  # fmt: skip
         if x.dtype == conv.dtype:  # normalised again as the convolution's backward loads it
             source, norm = x, (mean1, rstd1, w.norm1_weight, w.norm1_bias)
         else:

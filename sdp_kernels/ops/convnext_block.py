@@ -78,16 +78,17 @@ class _ConvNeXtBlock(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_double_backward("convnext_block")
         x, conv, hidden, mean, rstd, mask, *weights = ctx.saved_tensors
-        o, w, d = ctx.options, ConvNeXtWeights(*weights), {}
-        b = o.branch
+        o, w, wants = ctx.options, ConvNeXtWeights(*weights), ConvNeXtWeights(*ctx.needs_input_grad[3:])
+        b, d = o.branch, {"expand_weight": None}
 
         dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale"] = hidden_bwd(
-            grad, hidden, w.project_weight, w.project_bias, w.layer_scale, mask, b
-        )
-        n = o.norm(conv, w)[0]
-        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, b.backend)
+            grad, hidden, w.project_weight, w.project_bias, w.layer_scale, mask, b,
+            wants.project_weight or wants.layer_scale,
+        )  # fmt: skip
+        if wants.expand_weight:
+            d["expand_weight"] = wgrad(dhidden, o.norm(conv, w)[0], w.expand_weight, b.backend)
         dn = dgrad(dhidden, w.expand_weight, b.backend)
-        del n, dhidden
+        del dhidden
         dconv, d["norm_weight"], d["norm_bias"] = launch(
             b.backend, "layer_norm_2d_bwd", dn, None, conv, w.norm_weight, mean, rstd, b.registers
         )

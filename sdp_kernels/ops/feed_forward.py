@@ -70,11 +70,13 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_double_backward("feed_forward")
         x, hidden, mean, rstd, mask, rng, *weights = ctx.saved_tensors
-        o, w, d = ctx.options, FeedForwardWeights(*weights), {}
+        o, w, wants = ctx.options, FeedForwardWeights(*weights), FeedForwardWeights(*ctx.needs_input_grad[4:])
+        d = {"expand_weight": None}
         project = (w.project_weight, w.project_bias, w.layer_scale, mask)
+        wants_project = wants.project_weight or wants.layer_scale
         if rng is None:
             dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale"] = hidden_bwd(
-                grad, hidden, *project, o.inner
+                grad, hidden, *project, o.inner, wants_project
             )
         else:
             inner, masks = o.inner, (0, o.inner.dropout, rng, o.inner.layer)
@@ -83,16 +85,17 @@ class _FeedForward(torch.autograd.Function):
                 inner.backend, "linear_epilogue_fwd", hidden, inner.activation, None, None, None, *masks
             )  # fmt: skip
             dh, d["project_weight"], d["project_bias"], d["layer_scale"] = branch_bwd(
-                grad, h, None, *project, o.outer, rng
+                grad, h, None, *project, o.outer, rng, wants_dw=wants_project
             )
             del h
             dhidden, _, d["expand_bias"] = launch(
                 inner.backend, "linear_epilogue_bwd", dh, hidden, inner.activation, None, None, *masks
             )
             del dh
-        n = cast(o.norm(x, w)[0], hidden.dtype)
-        d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend)
-        del n
+        if wants.expand_weight:
+            n = cast(o.norm(x, w)[0], hidden.dtype)
+            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend)
+            del n
         dn = dgrad(dhidden, w.expand_weight, o.inner.backend)
         del dhidden
         dx, d["norm_weight"], d["norm_bias"] = launch(

@@ -149,9 +149,10 @@ def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng
 
 
 def branch_bwd(
-    grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None, wants_dx: bool = True
+    grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None, wants_dx: bool = True, wants_dw: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, dlayer_scale) of :func:`branch_fwd` from y's gradient; dx None unless wanted.
+    """(dx, dweight, dbias, dlayer_scale) of :func:`branch_fwd` from y's gradient; dx None unless wanted, and dweight,
+    with a dlayer_scale that is made of it, None unless one of the two is.
 
     z may be None where there is no activation: with d = mask · dropout · dy and G = dᵀx, dW = γ ⊙ G and
     dγ = rowsum(W ⊙ G) + bias ⊙ Σd, so that nothing but x is kept.
@@ -160,25 +161,28 @@ def branch_bwd(
     if b.activation != "none":
         dz, dscale, dbias = launch(b.backend, "linear_epilogue_bwd", grad, z, b.activation, layer_scale, *masks)
         dx = dgrad(dz, weight, b.backend) if wants_dx else None
-        return dx, wgrad(dz, x, weight, b.backend), dbias, None if layer_scale is None else dscale
+        dweight = wgrad(dz, x, weight, b.backend) if wants_dw else None
+        return dx, dweight, dbias, None if layer_scale is None else dscale
     d, total = _masked(grad, x, masks, b, bias is not None or layer_scale is not None)
     dx = dgrad(d, _scaled(weight, layer_scale), b.backend) if wants_dx else None
-    return dx, *_parameters_bwd(d, total, x, weight, bias, layer_scale, b)
+    return dx, *_parameters_bwd(d, total, x, weight, bias, layer_scale, b, wants_dw)
 
 
-def hidden_bwd(grad, z, weight, bias, layer_scale, path_mask, b: Branch) -> tuple[Tensor | None, ...]:
+def hidden_bwd(
+    grad, z, weight, bias, layer_scale, path_mask, b: Branch, wants_dw: bool = True
+) -> tuple[Tensor | None, ...]:
     """(dz, Σ dz, dweight, dbias, dlayer_scale) of y = mask · γ · (act(z) Wᵀ + bias) from y's gradient: backward through
-    a linear layer and the activation before it (b's), whose result is computed again."""
+    a linear layer and the activation before it (b's), whose result is computed again. wants_dw as there."""
     masks = (path_mask, b.registers, 0.0, None, 0)
     if _prefers(b.backend, "linear_gemm_bwd", z, weight):
         d, total = _masked(grad, z, masks, b, bias is not None or layer_scale is not None)
         scaled = _scaled(weight, layer_scale)
         dz, h, dbefore = launch(b.backend, "linear_gemm_bwd", d, scaled, z, b.activation, b.registers)
-        return dz, dbefore, *_parameters_bwd(d, total, h, weight, bias, layer_scale, b)
+        return dz, dbefore, *_parameters_bwd(d, total, h, weight, bias, layer_scale, b, wants_dw)
     plain = (None, None, b.registers, 0.0, None, 0)
     h = launch(b.backend, "linear_epilogue_fwd", z, b.activation, None, *plain)
     outer = b._replace(activation="none")
-    dh, *gradients = branch_bwd(grad, h, None, weight, bias, layer_scale, path_mask, outer)
+    dh, *gradients = branch_bwd(grad, h, None, weight, bias, layer_scale, path_mask, outer, wants_dw=wants_dw)
     del h
     dz, _, dbefore = launch(b.backend, "linear_epilogue_bwd", dh, z, b.activation, None, *plain[1:])
     return dz, dbefore, *gradients
@@ -201,12 +205,14 @@ def _scaled(weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     return (layer_scale.to(accumulate_dtype(weight.dtype))[:, None] * weight).to(weight.dtype)
 
 
-def _parameters_bwd(d, total, x, weight, bias, layer_scale, b: Branch) -> tuple[Tensor | None, ...]:
+def _parameters_bwd(d, total, x, weight, bias, layer_scale, b: Branch, wants_dw: bool) -> tuple[Tensor | None, ...]:
     """(dweight, dbias, dlayer_scale) of mask · γ · (x Wᵀ + bias) from d and Σd."""
-    dweight = wgrad(d, x, weight, b.backend)
+    dweight = wgrad(d, x, weight, b.backend) if wants_dw else None
     if layer_scale is None:
         return dweight, total, None
     scale = layer_scale.to(total.dtype)
+    if dweight is None:
+        return None, scale * total, None
     dscale = (weight * dweight).sum(1, dtype=total.dtype)
     if bias is not None:
         dscale = dscale + bias * total
@@ -228,11 +234,12 @@ class _Linear(torch.autograd.Function):
         if differentiating_twice() and not ctx.branch.epilogue:
             return *differentiate_reference(F.linear, (x, weight, bias), grad), *(None,) * 5
         refuse_double_backward("linear")
+        wants_dx, wants_dw, _, wants_dscale, *_ = ctx.needs_input_grad
         dx, dw, db, dscale = branch_bwd(
-            grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, ctx.needs_input_grad[0]
+            grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
         )
         db = None if bias is None else cast(db, bias.dtype)
-        dscale = None if layer_scale is None else cast(dscale, layer_scale.dtype)
+        dscale = None if dscale is None else cast(dscale, layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
 
 

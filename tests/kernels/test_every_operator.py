@@ -10,6 +10,7 @@ from _cases import CASES, on_every_backend
 from _layouts import hostile, layouts, normal
 from _numerics import NARROW, assert_as_exact, differentiate, floor_of
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdp_kernels.backends import BACKENDS
 from sdp_kernels.ops._contract import OPERATORS
@@ -174,6 +175,30 @@ def test_frozen_parameters_and_frozen_input(case, backend):
         torch.autograd.backward([y for y, _ in asked], [g for _, g in asked])
         assert [x.grad is not None for x in leaves] == [i == alone for i in range(len(leaves))]
         torch.testing.assert_close(leaves[alone].grad, gradients[alone], **EXACT)
+
+
+class Products(TorchDispatchMode):
+    """Counts PyTorch's matrix products, which fp64 is multiplied with."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@on_every_backend([c for c in CASES if any(len(shape) == 2 for shape in c.shapes[1:])])
+def test_a_frozen_weight_costs_no_product(case, backend):
+    """A matrix among the parameters has one of its own in the backward pass, its gradient's."""
+    counts = []
+    for trained in (True, False):
+        leaves = [x.requires_grad_(trained or i == 0) for i, x in enumerate(case.inputs())]
+        (y,) = [y for y in (case.call(backend, *leaves),) if isinstance(y, torch.Tensor)]
+        with Products() as products:
+            y.backward(torch.ones_like(y))
+        counts.append(products.count)
+    matrices = [shape for shape in case.shapes[1:] if len(shape) == 2]
+    assert counts[0] - counts[1] >= len(matrices) > 0
 
 
 @on_every_backend()

@@ -13,7 +13,7 @@ from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, wgrad
+from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
 
 SCHEMAS = {}
 
@@ -67,7 +67,7 @@ class _ConvMLP(torch.autograd.Function):
         )  # fmt: skip
         x1, z = branch_fwd(conv, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, x, mask1, inner)
         n, mean2, rstd2, _ = _norm(x1, w.norm2_weight, w.norm2_bias, o)
-        h, hidden = branch_fwd(cast(n, conv.dtype), w.expand_weight, w.expand_bias, None, None, None, inner)
+        h, hidden = hidden_fwd(cast(n, conv.dtype), w.expand_weight, w.expand_bias, inner)
         outer = inner._replace(activation="none")
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale2, x1, mask2, outer)
         ctx.save_for_backward(x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights)

@@ -13,7 +13,7 @@ from ..reference.precision import cast
 from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_fwd, dgrad, hidden_bwd, wgrad
+from .linear import Branch, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
 
 SCHEMAS = {}
 
@@ -67,7 +67,7 @@ class _ConvNeXtBlock(torch.autograd.Function):
             o.grid, b.registers, None, None, None, None,
         )  # fmt: skip
         n, mean, rstd, _ = o.norm(conv, w)
-        h, hidden = branch_fwd(n, w.expand_weight, w.expand_bias, None, None, None, b)
+        h, hidden = hidden_fwd(n, w.expand_weight, w.expand_bias, b)
         outer = b._replace(activation="none")
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale, x, mask, outer)
         ctx.save_for_backward(x, conv, hidden, mean, rstd, mask, *weights)

@@ -14,7 +14,7 @@ from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gra
 from ._checks import check_eps, check_layer, check_rate, check_rng, check_tensor
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
-from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, wgrad
+from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
 
 SCHEMAS = {}
 
@@ -58,9 +58,7 @@ class _FeedForward(torch.autograd.Function):
         w = FeedForwardWeights(*weights)
         n, mean, rstd, _ = o.norm(x, w)
         n = cast(n, w.expand_weight.dtype)
-        h, hidden = branch_fwd(n, w.expand_weight, w.expand_bias, None, None, None, o.inner, rng)
-        if o.inner.activation == "none":
-            hidden = h  # there is nothing to compute again
+        h, hidden = hidden_fwd(n, w.expand_weight, w.expand_bias, o.inner, rng)
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale, x, mask, o.outer, rng)
         ctx.save_for_backward(x, hidden, mean, rstd, mask, None if rng is None else rng.clone(), *weights)
         ctx.options = o

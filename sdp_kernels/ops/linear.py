@@ -148,6 +148,12 @@ def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng
     return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
 
 
+def hidden_fwd(x, weight, bias, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
+    """(h, z) of a layer before another, for :func:`hidden_bwd`: without an activation z is h, and kept once."""
+    h, z = branch_fwd(x, weight, bias, None, None, None, b, rng)
+    return h, h if b.activation == "none" else z
+
+
 def branch_bwd(
     grad, x, z, weight, bias, layer_scale, path_mask, b: Branch, rng=None, wants_dx: bool = True, wants_dw: bool = True
 ) -> tuple[Tensor | None, ...]:

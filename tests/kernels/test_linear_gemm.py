@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _cases import conv_mlp_shapes, convnext_shapes, feed_forward_shapes
 from _layouts import hostile, normal
 from torch import Tensor
 from torch.nn import functional as F
@@ -175,9 +176,37 @@ def test_the_plain_product_is_twice_differentiable(dtype):
         seen.append(torch.autograd.grad(sum(g.float().square().sum() for g in first), (x, weight, bias)))
     tolerance = 5e-2 if dtype == BF16 else 1e-5
     for got, wanted in zip(*seen):
-        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.detach().abs().max()))
     with pytest.raises(RuntimeError, match="not twice differentiable"):
         torch.autograd.grad(sk.linear(x, weight, activation="relu").sum(), x, create_graph=True)
+
+
+BLOCKS = {
+    "conv_mlp": (conv_mlp_shapes, lambda x, *w: sk.conv_mlp(x, sk.ConvMLPWeights(*w), grid=(2, 4), activation="none")),
+    "convnext_block": (
+        convnext_shapes,
+        lambda x, *w: sk.convnext_block(x, sk.ConvNeXtWeights(*w), grid=(2, 4), activation="none"),
+    ),
+    "feed_forward": (
+        feed_forward_shapes,
+        lambda x, *w: sk.feed_forward(x, sk.FeedForwardWeights(*w), activation="none"),
+    ),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize(("shapes", "block"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_without_an_activation(shapes, block, dtype):
+    """Between two layers the first one's result is then all that backward needs, and there is no pre-activation."""
+    x, *weights = (t.requires_grad_() for t in made(dtype, (2, 8, 16), *shapes(16, 32)))
+    seen = []
+    for backend in (None, "reference"):
+        with sk.use_backend(backend):
+            y = block(x, *weights)
+            seen.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *weights))))
+    tolerance = 6e-2 if dtype == BF16 else 1e-5
+    for got, wanted in zip(*seen):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.detach().abs().max()))
 
 
 def test_what_it_cannot_do_is_the_vendors(monkeypatch):

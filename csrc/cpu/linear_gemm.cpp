@@ -47,8 +47,10 @@ struct Matrix {
 // B of a product, packed; turned: its transpose is what lies there. Holds rows [begin, end) of it.
 class Packed {
  public:
+  const int dtype;
+
   Packed(const Matrix& m, bool turned, int64_t begin, int64_t end)
-      : b_{nullptr, turned ? m.columns : end - begin, turned ? m.rows : m.columns, 0} {
+      : dtype(m.dtype), b_{nullptr, turned ? m.columns : end - begin, turned ? m.rows : m.columns, 0} {
     b_.units = (b_.summed + unit_elements(m.dtype) - 1) / unit_elements(m.dtype);
     memory_ = Scratch(b_.count() * b_.units * Panels::kPanel * int64_t(sizeof(uint32_t)));
     b_.data = static_cast<uint32_t*>(memory_.get());
@@ -68,6 +70,13 @@ class Packed {
   Scratch memory_;
 };
 
+// The kernels for a·b, which read as much of a as b has units.
+const ProductTable& products_for(const Matrix& a, const Packed& b) {
+  STD_TORCH_CHECK(a.dtype == b.dtype, "linear's own GEMM: both factors must have the same dtype");
+  STD_TORCH_CHECK(a.columns == b->summed, "linear's own GEMM: the weight must sum ", a.columns, " products, got ", b->summed);
+  return products(a.dtype);
+}
+
 // Rows from `row` on of a product (B, T, N), as if the whole stood there.
 TokenView around(void* first, int64_t row, int64_t tokens, int64_t columns, int64_t element) {
   return {static_cast<char*>(first) - row * columns * element, tokens * columns, columns, 1};
@@ -86,9 +95,10 @@ void for_rows(int64_t rows, int64_t cost, const Body& body) {
 // c = a·b + bias for all rows.
 void multiply(const Matrix& a, const Packed& b, const Tensor& c, const float* bias) {
   const int64_t element = element_bytes(a.dtype), columns = b->columns;
+  const ProductTable& kernels = products_for(a, b);
   for_rows(a.rows, a.columns * columns, [&](int64_t begin, int64_t end) {
     const ProductOut to{mutable_bytes(c) + begin * columns * element, bias, nullptr, false, columns};
-    products(a.dtype).rows(a.from(begin), *b, to, end - begin);
+    kernels.rows(a.from(begin), *b, to, end - begin);
   });
 }
 
@@ -112,11 +122,12 @@ std::tuple<Tensor, Tensor> linear_gemm_fwd(const Tensor& x, const Tensor& weight
     return {y, z};
   }
   const int64_t element = element_bytes(a.dtype);
+  const ProductTable& kernels = products_for(a, b);
   const auto kernel = SDP_ACTIVE_TABLE(epilogue_table).forward[pair_of(a.dtype, dtype_index(y))];
   for_rows(a.rows, a.columns * w.rows, [&](int64_t begin, int64_t end) {
     const Scratch passing(keeps ? 0 : (end - begin) * w.rows * element);
     char* made = keeps ? mutable_bytes(z) + begin * w.rows * element : static_cast<char*>(passing.get());
-    products(a.dtype).rows(a.from(begin), *b, {made, shift, nullptr, false, w.rows}, end - begin);
+    kernels.rows(a.from(begin), *b, {made, shift, nullptr, false, w.rows}, end - begin);
     EpilogueCase here = c;
     here.z = around(made, begin, c.tokens, w.rows, element);
     kernel(here, begin, end);
@@ -142,9 +153,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_gemm_bwd(const Tensor& d, const Tensor
   }
   const Matrix a(d);
   const Packed b(Matrix(weight), false);
+  STD_TORCH_CHECK(d.size(0) == shape[0] && d.size(1) == shape[1] && b->columns == shape[2],
+                  "linear's own GEMM: z must be as d·weight is, (", d.size(0), ", ", d.size(1), ", ", b->columns, ")");
   Tensor dz = allocate(z, shape);
   c.out = mutable_bytes(dz);
   const BlockSums sums(c, z, false);
+  const ProductTable& kernels = products_for(a, b);
   const auto kernel = SDP_ACTIVE_TABLE(epilogue_table).backward[pair_of(dtype_index(z), kFloat32)];
   parallel(sums.blocks, sums.per_block * a.columns * c.columns, [&](int64_t begin, int64_t end) {
     const Scratch passing(std::min(sums.per_block, kRowsAtOnce) * c.columns * int64_t(sizeof(float)));
@@ -153,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gemm_bwd(const Tensor& d, const Tensor
            row += kRowsAtOnce) {
         const int64_t next = std::min(end_of_block, row + kRowsAtOnce);
         const ProductOut to{nullptr, nullptr, static_cast<float*>(passing.get()), false, c.columns};
-        products(dtype).rows(a.from(row), *b, to, next - row);
+        kernels.rows(a.from(row), *b, to, next - row);
         EpilogueCase here = c;
         here.grad = around(passing.get(), row, c.tokens, c.columns, sizeof(float));
         kernel(here, row, next, block);

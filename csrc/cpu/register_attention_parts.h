@@ -68,7 +68,7 @@ SDP_HOST_DEVICE Floats inverse_root(Floats x) {
 }
 SDP_HOST_DEVICE Doubles inverse_root(Doubles x) { return 1.0 / by_lane(x, [](double v) { return __builtin_sqrt(v); }); }
 
-// Rows of d elements in a tensor; Rows<const T> are read.
+// Rows of d elements in a tensor; HeadRows<const T> are read.
 template <class T>
 struct HeadRows {
   T* at;

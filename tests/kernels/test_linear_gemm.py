@@ -230,6 +230,26 @@ def test_what_it_cannot_do_is_the_vendors(monkeypatch):
     assert cpu.prefers("linear_gemm_bwd", even, even)
 
 
+@every_dtype
+def test_factors_that_do_not_fit_are_refused(dtype):
+    """Before anything is read that is not there."""
+    x, d, weight = made(dtype, (2, 3, 6), (2, 3, 4), (4, 6))
+    other = weight.to(FP32 if dtype == BF16 else BF16)
+    for w in (weight[:2, :2].contiguous(), other):
+        with pytest.raises(RuntimeError, match="linear's own GEMM"):
+            product(x, w)
+        with pytest.raises(RuntimeError, match="linear's own GEMM"):
+            OPS.linear_gemm_dgrad(d, w)
+        with pytest.raises(RuntimeError, match="linear's own GEMM"):
+            OPS.linear_gemm_bwd(d, w, x, "gelu", 0)
+    for badly in (d.to(other.dtype), d[:, :2]):
+        with pytest.raises(RuntimeError, match="linear"):
+            OPS.linear_gemm_wgrad(badly, x)
+    for badly in (x[..., :4], x[:, :2]):
+        with pytest.raises(RuntimeError, match="z must be as d·weight"):
+            OPS.linear_gemm_bwd(d, weight, badly.contiguous(), "gelu", 0)
+
+
 def test_plain_linear_under_autocast_uses_it(monkeypatch):
     called = []
     monkeypatch.setattr(BACKENDS["cpu"], "prefers", lambda kernel, x, weight: called.append((kernel, x.dtype)) or False)

@@ -68,9 +68,14 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events around the call; a sleeping kernel before them keeps the queue full, so that launch gaps are not timed."""
+    """Events around the call; a sleeping kernel before them keeps the queue full, so that launch gaps are not timed.
 
-    SLEEP_CYCLES = 400_000
+    It sleeps for longer than a host takes to launch one operator, which can be some tenths of a millisecond: autograd,
+    Python, three Triton kernels of forty arguments each. What is launched after its end would be timed with its gaps.
+    """
+
+    SLEEP_CYCLES = 2_000_000
+    """1 ms at 2 GHz."""
 
     def __init__(self) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -98,6 +99,8 @@ def run(setting: Setting, kind: str, problem: dict, backend: str) -> dict:
     """One case; Failure where something is off."""
     if kind == "missing":
         raise Unavailable(backend)
+    # Read when the compiler is imported: each of PARALLEL workers would start a process per core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.backends.cudnn.allow_tf32 = False  # else what is allowed in fp32 is what TF32 gets wrong
     if kind == "captured step":
         note = captured_step.run(setting)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 GROUPS = (
@@ -30,11 +31,24 @@ def shares(step: Callable[[], object], device: str) -> dict[str, float]:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
+    return shares_of(profiler.key_averages(), device)
+
+
+def shares_of(events: Iterable, device: str) -> dict[str, float]:
+    """Group → its share of the events' time.
+
+    A GPU's profile tells each kernel's time twice, as its operator's and under the kernel's own name, and that of a
+    user's annotation once more. Operators count; what none of them launched is "other".
+    """
+    events, on_gpu = list(events), device == "cuda"
     spent: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        spent[group_of(event.key)] += own
-    total = sum(spent.values()) or 1.0
+    for event in events:
+        if event.device_type == DeviceType.CPU and not (on_gpu and event.is_user_annotation):
+            spent[group_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    if on_gpu:
+        kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+        spent["other"] += max(0.0, sum(e.self_device_time_total for e in kernels) - spent.total())
+    total = spent.total() or 1.0
     return {name: spent[name] / total for name, _ in (*GROUPS, ("other", "")) if spent[name]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,21 @@ def test_time_is_put_down_to_the_right_group():
         "something else": "other",
     }
     assert {name: profile.group_of(name) for name in groups} == groups
+
+
+def test_a_kernels_time_counts_once():
+    def event(key, time, on="CUDA", annotation=False):
+        kind = getattr(torch.autograd.DeviceType, on)
+        return SimpleNamespace(
+            key=key, device_type=kind, is_user_annotation=annotation, self_device_time_total=time, self_cpu_time_total=1
+        )
+
+    ops = [event("aten::mm", 60, "CPU"), event("sdp_kernels_cpp::kelu_fwd", 20, "CPU")]
+    marks = [event("step", 100, "CPU", annotation=True), event("step", 100, annotation=True)]
+    kernels = [event("nvjet_tst_128x256", 60), event("void sdp::kelu_dense<…>", 20), event("launched by nobody", 20)]
+    found = profile.shares_of([*ops, *marks, *kernels], "cuda")
+    assert found == pytest.approx({"matrix products": 0.6, "activation and epilogue": 0.2, "other": 0.2})
+    assert profile.shares_of(ops, "cpu") == {"matrix products": 0.5, "activation and epilogue": 0.5}
 
 
 def test_peak_memory_counts_what_a_step_holds():

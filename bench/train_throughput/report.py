@@ -60,9 +60,10 @@ def lines(told: dict) -> list[str]:
             continue
         top = sorted(row["shares"].items(), key=lambda item: -item[1])[:3]
         mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+        rate = "n/a" if row["flops_per_second"] is None else f"{row['flops_per_second'] / 1e9:.0f}"
         out.append(
             f"{row['form']:<16} {row['images_per_second']:>8.1f} {1e3 * row['median']:>9.1f}"
-            f" {row['memory'] / 2**20:>6.0f} MiB {mfu:>6} {row['flops_per_second'] / 1e9:>9.0f} {row['error']:>8.1e}"
+            f" {row['memory'] / 2**20:>6.0f} MiB {mfu:>6} {rate:>9} {row['error']:>8.1e}"
             f"  {', '.join(f'{name} {100 * share:.0f} %' for name, share in top)}"
         )
     for goal in told["goals"]:

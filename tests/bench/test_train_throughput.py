@@ -78,6 +78,13 @@ def test_a_form_that_runs_something_else_is_not_believed(monkeypatch):
         measure.run(TINY, "kelu", batch=2, device="cpu", seconds=0.0, wanted=("eager", "fused"), say=lambda text: None)
 
 
+def test_figures_without_flops_are_told():
+    """On a GPU a vendor's kernel that nobody has counted costs the FLOPs, not the times."""
+    uncounted = measure.Result("eager", seconds=[2.0], memory=2**20, error=1e-3)
+    told = report.record("tiny", "kelu", 2, "cuda", [uncounted])
+    assert "n/a       n/a" in report.lines(told)[2] and "1 MiB" in report.lines(told)[2]
+
+
 def test_the_command_writes_figures_and_bars(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]
     assert command.main([*arguments, *(word for form in EAGER for word in ("--form", form))]) == 0

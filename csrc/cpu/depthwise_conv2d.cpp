@@ -135,9 +135,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
   const Scratch dbias(items * plan.table.vector_bytes, true);
   c.dweight = dweight.get(), c.dbias = dbias.get();
   if (x.numel() != 0) plan.run(plan.table.backward, items, 8 * c.block, 2);
-  Tensor dw = allocate(weight, {c.channels, 1, c.kernel, c.kernel});
-  Tensor db = allocate(weight, {c.channels});
-  const auto scatter = plan.table.scatter[plan.dtype];
+  Tensor dw = allocate(weight, {c.channels, 1, c.kernel, c.kernel}, accumulator_dtype(x));
+  Tensor db = allocate(weight, {c.channels}, accumulator_dtype(x));
+  const auto scatter = plan.table.scatter[dtype_index(dw)];
   scatter(view_of_parameter(dw), c.channels, c.kernel, c.kernel, c.dweight, blocks);
   scatter(view_of_parameter(db), c.channels, 1, 1, c.dbias, blocks);
   return {dx, dw, db};

@@ -184,22 +184,24 @@ Tensor linear_gemm_dgrad(const Tensor& d, const Tensor& weight) {
   return dx;
 }
 
-// dᵀ·x, summed over kSummed bytes of a column at a time, so that what is packed of them stays in the caches. The narrower
-// matrix is packed as a whole, the wider one kColumns at a time: where that is x, the transpose is what comes out.
-Tensor linear_gemm_wgrad(const Tensor& d, const Tensor& x) {
+// dᵀ·x, in fp32 if `wide`, summed over kSummed bytes of a column at a time, so that what is packed of them stays in the
+// caches. The narrower matrix is packed as a whole, the wider one kColumns at a time: where that is x, the transpose is what
+// comes out.
+Tensor linear_gemm_wgrad(const Tensor& d, const Tensor& x, bool wide) {
   constexpr int64_t kSummed = 6144, kColumns = 96;
   const bool turned = x.size(2) > d.size(2);
   const Matrix a(turned ? x : d), m(turned ? d : x);
   STD_TORCH_CHECK(a.rows == m.rows && a.dtype == m.dtype, "linear_gemm_wgrad: d and x must have the same rows and dtype");
-  Tensor dweight = allocate(d, {d.size(2), x.size(2)});
+  const bool narrow = a.dtype != kFloat32 && !wide;
+  Tensor dweight = allocate(d, {d.size(2), x.size(2)}, narrow ? d.scalar_type() : accumulator_dtype(d));
   const int64_t element = element_bytes(a.dtype), unit = unit_elements(a.dtype), outputs = a.columns * m.columns;
   const int64_t pitch = x.size(2), step = turned ? 1 : pitch;  // from one of a's columns to the next
   const int64_t parts = std::max<int64_t>(1, (a.rows * element + kSummed - 1) / kSummed);
   const int64_t part = ((a.rows + parts - 1) / parts + unit - 1) / unit * unit;
-  const bool rounds = a.dtype != kFloat32 && parts > 1;  // after the last part
+  const bool rounds = narrow && parts > 1;  // after the last part
   const Scratch unrounded(rounds ? outputs * int64_t(sizeof(float)) : 0);
-  void* wide = rounds ? unrounded.get() : dweight.mutable_data_ptr();
-  float* sums = parts > 1 ? static_cast<float*>(wide) : nullptr;
+  void* to = rounds ? unrounded.get() : dweight.mutable_data_ptr();
+  float* sums = narrow && parts == 1 ? nullptr : static_cast<float*>(to);
   const int64_t blocks = (a.columns + kColumns - 1) / kColumns, threads = torch::stable::get_num_threads();
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = std::min(a.rows, i * part), end = std::min(a.rows, begin + part);
@@ -222,8 +224,8 @@ Tensor linear_gemm_wgrad(const Tensor& d, const Tensor& x) {
     });
   }
   if (rounds) {
-    auto* to = static_cast<torch::headeronly::BFloat16*>(dweight.mutable_data_ptr());
-    parallel(outputs, 1, [&](int64_t first, int64_t last) { std::copy(sums + first, sums + last, to + first); });
+    auto* rounded = static_cast<torch::headeronly::BFloat16*>(dweight.mutable_data_ptr());
+    parallel(outputs, 1, [&](int64_t first, int64_t last) { std::copy(sums + first, sums + last, rounded + first); });
   }
   return dweight;
 }

@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dx = allocate_like(x);
   Prepared p(x, weight, grid, registers, mean, rstd, norm_weight, norm_bias);
-  Tensor dweight = allocate(weight, {p.sizes[1], 1, p.kernel, p.kernel});
-  Tensor dbias = allocate(weight, {p.sizes[1]});
+  Tensor dweight = allocate(weight, {p.sizes[1], 1, p.kernel, p.kernel}, ScalarType::Float);
+  Tensor dbias = allocate(weight, {p.sizes[1]}, ScalarType::Float);
   if (weight.numel() == 0) return {dx, dweight, dbias};
   p.c.out = view_of(dx, p.sizes, registers), p.c.grad = view_of(grad, p.sizes, registers);
   dispatch_dtype(x, [&](auto zero) {
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& grad, cons
     const Tensor partial = allocate(
         x, {plan.tile.splits, p.c.channels, p.kernel * p.kernel + 1}, ScalarType::Float);
     p.c.partial = static_cast<float*>(partial.mutable_data_ptr());
-    depthwise_conv2d_backward<T>(p.c, p.kernel, plan, static_cast<T*>(dweight.mutable_data_ptr()),
-                                 static_cast<T*>(dbias.mutable_data_ptr()), Launcher{current_stream(x)});
+    depthwise_conv2d_backward<T>(p.c, p.kernel, plan, static_cast<float*>(dweight.mutable_data_ptr()),
+                                 static_cast<float*>(dbias.mutable_data_ptr()), Launcher{current_stream(x)});
   });
   return {dx, dweight, dbias};
 }

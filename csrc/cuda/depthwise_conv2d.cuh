@@ -235,16 +235,15 @@ DepthwisePlan depthwise_conv2d_plan(DepthwiseCase<Accumulator<T>>& c, int kernel
 // Second stage of the weight gradients: adds the splits' sums, in an order that depends on their number alone.
 constexpr int kTapStrips = 8;
 
-template <class T>
+template <class A>
 LaunchGeometry depthwise_sums_geometry(int64_t columns) {
-  return {ceil_div(columns, kWarp), kTapStrips * kWarp, kTapStrips * kWarp * int64_t(sizeof(Accumulator<T>))};
+  return {ceil_div(columns, kWarp), kTapStrips * kWarp, kTapStrips * kWarp * int64_t(sizeof(A))};
 }
 
-template <class T>
+template <class A>
 __global__ void __launch_bounds__(kTapStrips* kWarp)
-    depthwise_sums(const Accumulator<T>* __restrict__ partial, int64_t splits, int64_t channels, int taps,
-                   T* __restrict__ dweight, T* __restrict__ dbias) {
-  using A = Accumulator<T>;
+    depthwise_sums(const A* __restrict__ partial, int64_t splits, int64_t channels, int taps, A* __restrict__ dweight,
+                   A* __restrict__ dbias) {
   SDP_DYNAMIC_SHARED(shared);
   A* sums = reinterpret_cast<A*>(shared);
   const int lane = threadIdx.x % kWarp, strip = threadIdx.x / kWarp;
@@ -261,8 +260,8 @@ __global__ void __launch_bounds__(kTapStrips* kWarp)
   for (int i = 1; i < kTapStrips; ++i) sum += sums[i * kWarp + lane];
   const int64_t channel = column / (taps + 1);
   const int tap = static_cast<int>(column - channel * (taps + 1));
-  if (tap < taps) dweight[channel * taps + tap] = narrow<T>(sum);
-  else dbias[channel] = narrow<T>(sum);
+  if (tap < taps) dweight[channel * taps + tap] = sum;
+  else dbias[channel] = sum;
 }
 
 // Calls body with the kernel size as a constant.
@@ -290,7 +289,7 @@ void depthwise_conv2d_forward(const DepthwiseCase<Accumulator<T>>& c, int kernel
 // c.partial must have plan.tile.splits rows; dweight is (C, 1, k, k), dbias (C,), without gaps.
 template <class T, class Launch>
 void depthwise_conv2d_backward(const DepthwiseCase<Accumulator<T>>& c, int kernel, const DepthwisePlan& plan,
-                               T* dweight, T* dbias, const Launch& launch) {
+                               Accumulator<T>* dweight, Accumulator<T>* dbias, const Launch& launch) {
   using A = Accumulator<T>;
   if (plan.geometry.blocks > 0)
     with_kernel_size(kernel, [&](auto size) {
@@ -301,7 +300,7 @@ void depthwise_conv2d_backward(const DepthwiseCase<Accumulator<T>>& c, int kerne
     });
   const A* partial = c.partial;
   const int taps = kernel * kernel;
-  launch(&depthwise_sums<T>, depthwise_sums_geometry<T>(int64_t(c.channels) * (taps + 1)), partial,
+  launch(&depthwise_sums<A>, depthwise_sums_geometry<A>(int64_t(c.channels) * (taps + 1)), partial,
          int64_t(plan.tile.splits), int64_t(c.channels), taps, dweight, dbias);
 }
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ._checks import (
 )
 from .activation import check_activation
 
+Weights = TypeVar("Weights", bound=tuple)
+"""A NamedTuple of parameters."""
+
 
 def check_kind(weights: tuple, kind: type) -> int:
     """``weights`` is a ``kind`` with an expand_weight (hidden, C); the hidden width."""
@@ -40,18 +43,27 @@ def check_parts(weights: tuple, optional: set[str], shapes: dict[str, tuple[int,
             check_parameter(f"weights.{name}", value, shapes.get(name, vector), x)
 
 
-def cast_parts(weights: tuple, prefixes: tuple[str, ...], x: Tensor) -> Iterator[Tensor | None]:
-    """The parts, those of convolutions and linear layers in the dtype that autocast wants, x's without it."""
-    dtype = autocast_dtype(x) or x.dtype
-    for name, part in zip(weights._fields, weights, strict=True):
-        yield cast(part, dtype) if part is not None and name.startswith(prefixes) else part
+def cast_parts(weights: Weights, prefixes: tuple[str, ...], dtype: torch.dtype | None) -> Weights:
+    """The parts, those of convolutions and linear layers in the dtype that autocast wants, if it wants one.
+
+    Inside the node, so that no gradient is rounded to that dtype on its way out.
+    """
+    if dtype is None:
+        return weights
+    parts = zip(weights._fields, weights, strict=True)
+    return type(weights)(*(cast(p, dtype) if p is not None and name.startswith(prefixes) else p for name, p in parts))
 
 
-def gradients_of(weights: tuple, found: dict[str, Tensor | None]) -> Iterator[Tensor | None]:
+def dtypes_of(weights: Weights) -> Weights:
+    """Of the parts, as they are named; None for those that are not there."""
+    return type(weights)(*(None if part is None else part.dtype for part in weights))
+
+
+def gradients_of(dtypes: tuple, found: dict[str, Tensor | None]) -> Iterator[Tensor | None]:
     """By the parts' order and in their dtypes; None for those that are not there or not wanted."""
-    for name, part in zip(weights._fields, weights, strict=True):
-        gradient = None if part is None else found[name]
-        yield None if gradient is None else cast(gradient, part.dtype)
+    for name, dtype in zip(dtypes._fields, dtypes, strict=True):
+        gradient = None if dtype is None else found[name]
+        yield None if gradient is None else cast(gradient, dtype)
 
 
 class Forms(NamedTuple):

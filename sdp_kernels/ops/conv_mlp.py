@@ -9,8 +9,8 @@ from .. import reference
 from ..composed import conv_mlp as composed
 from ..reference.conv_mlp import ConvMLPWeights
 from ..reference.philox import drop_path_mask
-from ..reference.precision import cast
-from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
+from ..reference.precision import autocast_dtype, cast
+from ._block import Forms, cast_parts, check_kind, check_parts, dtypes_of, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
 from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
@@ -47,10 +47,12 @@ class _Options(NamedTuple):
     """Everything about one call that is not a tensor."""
 
     grid: list[int]
-    registers: int
-    activation: str
     eps: float
-    backend: str
+    inner: Branch
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        b = self.inner
+        return launch(b.backend, "layer_norm_2d_fwd", x, None, weight, bias, self.eps, b.registers)
 
 
 class _ConvMLP(torch.autograd.Function):
@@ -59,19 +61,20 @@ class _ConvMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mask1, mask2, o: _Options, *weights):
-        w, inner = ConvMLPWeights(*weights), Branch(o.activation, o.registers, o.backend)
-        n, mean1, rstd1, _ = _norm(x, w.norm1_weight, w.norm1_bias, o)
+        inner, weights = o.inner, ConvMLPWeights(*weights)
+        w = cast_parts(weights, _CAST, inner.autocast)
+        n, mean1, rstd1, _ = o.norm(x, w.norm1_weight, w.norm1_bias)
         conv = launch(
-            o.backend, "depthwise_conv2d_fwd", cast(n, w.pointwise_weight.dtype), w.depthwise_weight, w.depthwise_bias,
-            o.grid, o.registers, None, None, None, None,
+            inner.backend, "depthwise_conv2d_fwd", cast(n, w.pointwise_weight.dtype), w.depthwise_weight,
+            w.depthwise_bias, o.grid, inner.registers, None, None, None, None,
         )  # fmt: skip
         x1, z = branch_fwd(conv, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, x, mask1, inner)
-        n, mean2, rstd2, _ = _norm(x1, w.norm2_weight, w.norm2_bias, o)
+        n, mean2, rstd2, _ = o.norm(x1, w.norm2_weight, w.norm2_bias)
         h, hidden = hidden_fwd(cast(n, conv.dtype), w.expand_weight, w.expand_bias, inner)
         outer = inner._replace(activation="none")
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale2, x1, mask2, outer)
-        ctx.save_for_backward(x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights)
-        ctx.options = o
+        ctx.save_for_backward(x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *w)
+        ctx.options, ctx.dtypes = o, dtypes_of(weights)
         return y
 
     @staticmethod
@@ -79,22 +82,22 @@ class _ConvMLP(torch.autograd.Function):
         refuse_double_backward("conv_mlp")
         x, conv, z, x1, hidden, mean1, rstd1, mean2, rstd2, mask1, mask2, *weights = ctx.saved_tensors
         o, w, wants = ctx.options, ConvMLPWeights(*weights), ConvMLPWeights(*ctx.needs_input_grad[4:])
-        inner = Branch(o.activation, o.registers, o.backend)
-        d = {"expand_weight": None}
+        inner, d = o.inner, {"expand_weight": None}
 
         dhidden, d["expand_bias"], d["project_weight"], d["project_bias"], d["layer_scale2"] = hidden_bwd(
             grad, hidden, w.project_weight, w.project_bias, w.layer_scale2, mask2, inner,
             wants.project_weight or wants.layer_scale2,
         )  # fmt: skip
         if wants.expand_weight:
-            n = cast(_norm(x1, w.norm2_weight, w.norm2_bias, o)[0], conv.dtype)
-            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.backend)
+            n = cast(o.norm(x1, w.norm2_weight, w.norm2_bias)[0], conv.dtype)
+            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, inner.backend, inner.autocast is not None)
             del n
-        dn = dgrad(dhidden, w.expand_weight, o.backend)
+        dn = dgrad(dhidden, w.expand_weight, inner.backend)
         del dhidden
         dx1, d["norm2_weight"], d["norm2_bias"] = launch(
-            o.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, o.registers
-        )
+            inner.backend, "layer_norm_2d_bwd",
+            cast(dn, x.dtype), grad, x1, w.norm2_weight, mean2, rstd2, inner.registers,
+        )  # fmt: skip
         dconv, d["pointwise_weight"], d["pointwise_bias"], d["layer_scale1"] = branch_bwd(
             dx1, conv, z, w.pointwise_weight, w.pointwise_bias, w.layer_scale1, mask1, inner,
             wants_dw=wants.pointwise_weight or wants.layer_scale1,
@@ -102,28 +105,25 @@ class _ConvMLP(torch.autograd.Function):
         if x.dtype == conv.dtype:  # normalised again as the convolution's backward loads it
             source, norm = x, (mean1, rstd1, w.norm1_weight, w.norm1_bias)
         else:
-            source, norm = cast(_norm(x, w.norm1_weight, w.norm1_bias, o)[0], conv.dtype), (None,) * 4
+            source, norm = cast(o.norm(x, w.norm1_weight, w.norm1_bias)[0], conv.dtype), (None,) * 4
         dn, d["depthwise_weight"], d["depthwise_bias"] = launch(
-            o.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, o.registers, *norm
+            inner.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, inner.registers, *norm
         )
         dx, d["norm1_weight"], d["norm1_bias"] = launch(
-            o.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, o.registers
-        )
-        return dx, None, None, None, *gradients_of(w, d)
-
-
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, o: _Options) -> tuple[Tensor, ...]:
-    return launch(o.backend, "layer_norm_2d_fwd", x, None, weight, bias, o.eps, o.registers)
+            inner.backend, "layer_norm_2d_bwd",
+            cast(dn, x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, inner.registers,
+        )  # fmt: skip
+        return dx, None, None, None, *gradients_of(ctx.dtypes, d)
 
 
 _CAST = ("depthwise", "pointwise", "expand", "project")
 
 
 def _fused(x, w: ConvMLPWeights, grid, registers, activation, eps, drop_path, rng, layer, backend: str) -> Tensor:
-    """Casts the convolutions' parameters as autocast wants it, draws the masks, and runs the node."""
+    """Draws the masks and runs the node."""
     masks = (drop_path_mask(rng, drop_path, layer, x.shape[0], i) if drop_path else None for i in (0, 1))
-    options = _Options(list(grid), registers, activation, float(eps), backend)
-    return _ConvMLP.apply(x, *masks, options, *cast_parts(w, _CAST, x))
+    inner = Branch(activation, registers, backend, autocast=autocast_dtype(x))
+    return _ConvMLP.apply(x, *masks, _Options(list(grid), float(eps), inner), *w)
 
 
 _FORMS = Forms(composed, reference.conv_mlp, _fused)

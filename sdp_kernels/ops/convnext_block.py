@@ -9,8 +9,8 @@ from .. import reference
 from ..composed import convnext_block as composed
 from ..reference.convnext_block import ConvNeXtWeights
 from ..reference.philox import drop_path_mask
-from ..reference.precision import cast
-from ._block import Forms, cast_parts, check_kind, check_parts, gradients_of, on_tokens
+from ..reference.precision import autocast_dtype, cast
+from ._block import Forms, cast_parts, check_kind, check_parts, dtypes_of, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
 from .depthwise_conv2d import check_kernel
 from .linear import Branch, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
@@ -61,7 +61,8 @@ class _ConvNeXtBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mask, o: _Options, *weights):
-        w, b = ConvNeXtWeights(*weights), o.branch
+        b, weights = o.branch, ConvNeXtWeights(*weights)
+        w = cast_parts(weights, _CAST, b.autocast)
         conv = launch(
             b.backend, "depthwise_conv2d_fwd", cast(x, w.expand_weight.dtype), w.depthwise_weight, w.depthwise_bias,
             o.grid, b.registers, None, None, None, None,
@@ -70,8 +71,8 @@ class _ConvNeXtBlock(torch.autograd.Function):
         h, hidden = hidden_fwd(n, w.expand_weight, w.expand_bias, b)
         outer = b._replace(activation="none")
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale, x, mask, outer)
-        ctx.save_for_backward(x, conv, hidden, mean, rstd, mask, *weights)
-        ctx.options = o
+        ctx.save_for_backward(x, conv, hidden, mean, rstd, mask, *w)
+        ctx.options, ctx.dtypes = o, dtypes_of(weights)
         return y
 
     @staticmethod
@@ -86,7 +87,9 @@ class _ConvNeXtBlock(torch.autograd.Function):
             wants.project_weight or wants.layer_scale,
         )  # fmt: skip
         if wants.expand_weight:
-            d["expand_weight"] = wgrad(dhidden, o.norm(conv, w)[0], w.expand_weight, b.backend)
+            n = o.norm(conv, w)[0]
+            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, b.backend, b.autocast is not None)
+            del n
         dn = dgrad(dhidden, w.expand_weight, b.backend)
         del dhidden
         dconv, d["norm_weight"], d["norm_bias"] = launch(
@@ -96,14 +99,14 @@ class _ConvNeXtBlock(torch.autograd.Function):
         dx, d["depthwise_weight"], d["depthwise_bias"] = launch(
             b.backend, "depthwise_conv2d_bwd", dconv, source, w.depthwise_weight, o.grid, b.registers, *(None,) * 4
         )
-        return dx + grad, None, None, *gradients_of(w, d)
+        return dx + grad, None, None, *gradients_of(ctx.dtypes, d)
 
 
 def _fused(x, w: ConvNeXtWeights, grid, registers, activation, eps, drop_path, rng, layer, backend: str) -> Tensor:
-    """Casts the convolutions' parameters as autocast wants it, draws the mask, and runs the node."""
+    """Draws the mask and runs the node."""
     mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
-    options = _Options(list(grid), float(eps), Branch(activation, registers, backend))
-    return _ConvNeXtBlock.apply(x, mask, options, *cast_parts(w, _CAST, x))
+    branch = Branch(activation, registers, backend, autocast=autocast_dtype(x))
+    return _ConvNeXtBlock.apply(x, mask, _Options(list(grid), float(eps), branch), *w)
 
 
 _FORMS = Forms(composed, reference.convnext_block, _fused)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .. import reference
 from ..backends import choose
 from ..reference.depthwise_conv2d import Norm
-from ..reference.precision import accumulate_dtype, autocast_dtype
+from ..reference.precision import accumulate_dtype, autocast_dtype, cast
 from ._checks import check_floating, check_grid, check_parameter, check_registers, check_same_dtype, check_tensor
 from ._contract import define, differentiate_reference, differentiating_twice, launch
 
@@ -22,7 +22,8 @@ SCHEMAS = {
         " -> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
 }
-"""``grid`` is empty for a picture. With a norm, ``dx`` is the gradient of the normalised input."""
+"""``grid`` is empty for a picture. With a norm, ``dx`` is the gradient of the normalised input. ``dweight``
+and ``dbias`` are in the type of their sums."""
 
 KERNEL_SIZES = (3, 5, 7, 9)
 
@@ -32,7 +33,8 @@ def _fake_fwd(x, weight, bias, grid, registers, mean, rstd, norm_weight, norm_bi
 
 
 def _fake_bwd(grad, x, weight, grid_, registers, mean, rstd, norm_weight, norm_bias):
-    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    sums = (weight.new_empty(size, dtype=accumulate_dtype(x.dtype)) for size in (weight.shape, weight.shape[:1]))
+    return torch.empty_like(x), *sums
 
 
 define("depthwise_conv2d", SCHEMAS, {"depthwise_conv2d_fwd": _fake_fwd, "depthwise_conv2d_bwd": _fake_bwd})
@@ -61,17 +63,20 @@ def _through_the_norm(dn: Tensor, x: Tensor, norm: Norm, registers: int) -> tupl
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, grid, registers: int, backend: str, *norm):
-        ctx.save_for_backward(x, weight, bias, *norm)
+        filters = cast(weight, x.dtype)
+        ctx.save_for_backward(x, weight, filters, bias, *norm)
         ctx.grid, ctx.registers, ctx.backend = grid, registers, backend
-        return launch(backend, "depthwise_conv2d_fwd", x, weight, bias, grid, registers, *norm)
+        shift = None if bias is None else cast(bias, x.dtype)
+        return launch(backend, "depthwise_conv2d_fwd", x, filters, shift, grid, registers, *norm)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, *norm = ctx.saved_tensors
+        x, weight, filters, bias, *norm = ctx.saved_tensors
         normed = norm[0] is not None
         if differentiating_twice():
 
             def form(x, weight, bias, *norm):
+                weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
                 folded = Norm(*norm) if normed else None
                 return reference.depthwise_conv2d.depthwise_conv2d(
                     x, weight, bias, tuple(ctx.grid) or None, ctx.registers, folded
@@ -79,11 +84,12 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
             dx, dw, db, *dnorm = differentiate_reference(form, (x, weight, bias, *norm), grad)
             return dx, dw, db, None, None, None, *dnorm
-        dx, dw, db = launch(ctx.backend, "depthwise_conv2d_bwd", grad, x, weight, ctx.grid, ctx.registers, *norm)
+        dx, dw, db = launch(ctx.backend, "depthwise_conv2d_bwd", grad, x, filters, ctx.grid, ctx.registers, *norm)
         dnorm = (None,) * 4
         if normed:
             dx, *dnorm = _through_the_norm(dx, x, Norm(*norm), ctx.registers)
-        return dx, dw, db if bias is not None else None, None, None, None, *dnorm
+        db = None if bias is None else cast(db, bias.dtype)
+        return dx, cast(dw, weight.dtype), db, None, None, None, *dnorm
 
 
 def check_kernel(name: str, weight: Tensor, channels: int) -> None:
@@ -160,10 +166,10 @@ def depthwise_conv2d(
             check_parameter(f"norm.{name}", value, shape, x)
         wide = accumulate_dtype(x.dtype)
         norm = norm._replace(mean=norm.mean.to(wide).contiguous(), rstd=norm.rstd.to(wide).contiguous())
-    if (dtype := autocast_dtype(x)) is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = cast(x, autocast_dtype(x) or x.dtype)
     chosen = choose("depthwise_conv2d", x, backend)
     if chosen == "reference":
+        weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         return reference.depthwise_conv2d.depthwise_conv2d(x, weight, bias, grid, registers, norm)
     return _DepthwiseConv2d.apply(
         x, weight, bias, list(grid or ()), registers, chosen, *(norm if norm is not None else (None,) * 4)

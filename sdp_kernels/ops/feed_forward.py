@@ -9,8 +9,8 @@ from .. import reference
 from ..composed import feed_forward as composed
 from ..reference.feed_forward import FeedForwardWeights
 from ..reference.philox import drop_path_mask
-from ..reference.precision import cast
-from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, gradients_of
+from ..reference.precision import autocast_dtype, cast
+from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, dtypes_of, gradients_of
 from ._checks import check_eps, check_layer, check_rate, check_rng, check_tensor
 from ._contract import define, launch, refuse_double_backward
 from .activation import check_activation
@@ -55,13 +55,14 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, mask, rng, o: _Options, *weights):
-        w = FeedForwardWeights(*weights)
+        weights = FeedForwardWeights(*weights)
+        w = cast_parts(weights, _CAST, o.inner.autocast)
         n, mean, rstd, _ = o.norm(x, w)
         n = cast(n, w.expand_weight.dtype)
         h, hidden = hidden_fwd(n, w.expand_weight, w.expand_bias, o.inner, rng)
         y, _ = branch_fwd(h, w.project_weight, w.project_bias, w.layer_scale, x, mask, o.outer, rng)
-        ctx.save_for_backward(x, hidden, mean, rstd, mask, None if rng is None else rng.clone(), *weights)
-        ctx.options = o
+        ctx.save_for_backward(x, hidden, mean, rstd, mask, None if rng is None else rng.clone(), *w)
+        ctx.options, ctx.dtypes = o, dtypes_of(weights)
         return y
 
     @staticmethod
@@ -92,22 +93,22 @@ class _FeedForward(torch.autograd.Function):
             del dh
         if wants.expand_weight:
             n = cast(o.norm(x, w)[0], hidden.dtype)
-            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend)
+            d["expand_weight"] = wgrad(dhidden, n, w.expand_weight, o.inner.backend, o.inner.autocast is not None)
             del n
         dn = dgrad(dhidden, w.expand_weight, o.inner.backend)
         del dhidden
         dx, d["norm_weight"], d["norm_bias"] = launch(
             o.inner.backend, "layer_norm_2d_bwd", cast(dn, x.dtype), grad, x, w.norm_weight, mean, rstd, 0
         )
-        return dx, None, None, None, *gradients_of(w, d)
+        return dx, None, None, None, *gradients_of(ctx.dtypes, d)
 
 
 def _fused(x, w: FeedForwardWeights, activation, eps, dropout, drop_path, rng, layer, backend: str) -> Tensor:
-    """Casts the linear layers' parameters as autocast wants it, draws the drop-path mask, and runs the node."""
+    """Draws the drop-path mask and runs the node."""
     mask = drop_path_mask(rng, drop_path, layer + 1, x.shape[0]) if drop_path else None
-    inner = Branch(activation, 0, backend, float(dropout), layer)
-    options = _Options(float(eps), inner, Branch("none", 0, backend, float(dropout), layer + 1))
-    return _FeedForward.apply(x, mask, rng if dropout else None, options, *cast_parts(w, _CAST, x))
+    inner = Branch(activation, 0, backend, float(dropout), layer, autocast=autocast_dtype(x))
+    options = _Options(float(eps), inner, inner._replace(activation="none", layer=layer + 1))
+    return _FeedForward.apply(x, mask, rng if dropout else None, options, *w)
 
 
 _FORMS = Forms(composed, reference.feed_forward, _fused)

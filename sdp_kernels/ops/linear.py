@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
+from .._device import type_of_device
 from ..backends import BACKENDS, choose
 from ..composed import linear as composed
 from ..reference.philox import drop_path_mask
@@ -50,13 +51,13 @@ SCHEMAS = {
         "(Tensor d, Tensor weight, Tensor z, str activation, int registers) -> (Tensor dz, Tensor h, Tensor dbias)"
     ),
     "linear_gemm_dgrad": "(Tensor d, Tensor weight) -> Tensor",
-    "linear_gemm_wgrad": "(Tensor d, Tensor x) -> Tensor",
+    "linear_gemm_wgrad": "(Tensor d, Tensor x, bool wide) -> Tensor",
 }
 """The epilogues are the one pass around the vendor library's GEMM; z is (B, T, out), and without activation and
 layer_scale backward reads only its shape and dtype. A backend may have GEMMs with the same in their own epilogue:
 forward, z empty unless kept for an activation; and backward from d (B, T, N) through the weight (N, M) of a layer and
 the activation before it: dz = (d W) ⊙ act′(z), h = act(z), dbias = Σ dz, of M columns, register rows 0. And the plain
-products: d W, and dᵀ x over all rows."""
+products: d W, and dᵀ x over all rows, if ``wide`` in the type of its sums."""
 
 
 def _fake_fwd(z, activation, layer_scale, path_mask, residual, registers, dropout, rng, layer):
@@ -85,8 +86,8 @@ def _fake_gemm_dgrad(d, weight):
     return d.new_empty((*d.shape[:2], weight.shape[1]))
 
 
-def _fake_gemm_wgrad(d, x):
-    return d.new_empty((d.shape[2], x.shape[2]))
+def _fake_gemm_wgrad(d, x, wide):
+    return d.new_empty((d.shape[2], x.shape[2]), dtype=accumulate_dtype(d.dtype) if wide else d.dtype)
 
 
 define(
@@ -116,6 +117,8 @@ class Branch(NamedTuple):
     """Backward will want z."""
     epilogue: bool = True
     """False where nothing stands around the GEMM."""
+    autocast: torch.dtype | None = None
+    """What autocast casts the weights to; their gradients then leave in the type of their sums, never rounded to it."""
 
 
 def _prefers(backend: str, kernel: str, x: Tensor, weight: Tensor) -> bool:
@@ -131,11 +134,19 @@ def dgrad(d: Tensor, weight: Tensor, backend: str) -> Tensor:
     return d @ weight
 
 
-def wgrad(d: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """dᵀ x over all rows of d (B, T, out) and x (B, T, in), as the weight is."""
+def _sums_leave_unrounded(x: Tensor) -> bool:
+    """Whether the vendor's GEMM of 16-bit matrices can write fp32: cuBLAS can, PyTorch's on the CPU cannot."""
+    return type_of_device(x) == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def wgrad(d: Tensor, x: Tensor, weight: Tensor, backend: str, wide: bool) -> Tensor:
+    """dᵀ x over all rows of d (B, T, out) and x (B, T, in), in their dtype or, if ``wide``, in the type of its sums."""
     if _prefers(backend, "linear_gemm_wgrad", x, weight):
-        return launch(backend, "linear_gemm_wgrad", d, x)
-    return d.flatten(0, 1).t() @ x.reshape(-1, x.shape[-1])
+        return launch(backend, "linear_gemm_wgrad", d, x, wide)
+    columns, rows, dtype = d.flatten(0, 1).t(), x.reshape(-1, x.shape[-1]), accumulate_dtype(d.dtype)
+    if wide and _sums_leave_unrounded(d):
+        return torch.mm(columns, rows, out_dtype=dtype)
+    return cast(columns @ rows, dtype if wide else d.dtype)
 
 
 def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
@@ -145,6 +156,8 @@ def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng
     if _prefers(b.backend, "linear_gemm_fwd", x, weight):
         return launch(b.backend, "linear_gemm_fwd", x, weight, bias, b.activation, layer_scale, *masks, b.keep)
     z = F.linear(x, weight, bias)
+    if not b.epilogue:
+        return z, z
     return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
 
 
@@ -167,7 +180,7 @@ def branch_bwd(
     if b.activation != "none":
         dz, dscale, dbias = launch(b.backend, "linear_epilogue_bwd", grad, z, b.activation, layer_scale, *masks)
         dx = dgrad(dz, weight, b.backend) if wants_dx else None
-        dweight = wgrad(dz, x, weight, b.backend) if wants_dw else None
+        dweight = wgrad(dz, x, weight, b.backend, b.autocast is not None) if wants_dw else None
         return dx, dweight, dbias, None if layer_scale is None else dscale
     d, total = _masked(grad, x, masks, b, bias is not None or layer_scale is not None)
     dx = dgrad(d, _scaled(weight, layer_scale), b.backend) if wants_dx else None
@@ -213,46 +226,52 @@ def _scaled(weight: Tensor, layer_scale: Tensor | None) -> Tensor:
 
 def _parameters_bwd(d, total, x, weight, bias, layer_scale, b: Branch, wants_dw: bool) -> tuple[Tensor | None, ...]:
     """(dweight, dbias, dlayer_scale) of mask · γ · (x Wᵀ + bias) from d and Σd."""
-    dweight = wgrad(d, x, weight, b.backend) if wants_dw else None
+    wide = b.autocast is not None
+    dweight = wgrad(d, x, weight, b.backend, wide or layer_scale is not None) if wants_dw else None
     if layer_scale is None:
         return dweight, total, None
     scale = layer_scale.to(total.dtype)
     if dweight is None:
         return None, scale * total, None
-    dscale = (weight * dweight).sum(1, dtype=total.dtype)
+    dscale = (weight * dweight).sum(1)
     if bias is not None:
         dscale = dscale + bias * total
-    return (scale[:, None] * dweight).to(weight.dtype), scale * total, dscale
+    dweight = scale[:, None] * dweight
+    return dweight if wide else cast(dweight, weight.dtype), scale * total, dscale
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch):
-        y, z = branch_fwd(x, weight, bias, layer_scale, residual, path_mask, branch, rng)
+        w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
+        y, z = branch_fwd(x, w, b, layer_scale, residual, path_mask, branch, rng)
         z = None if branch.activation == "none" else z
-        ctx.save_for_backward(x, z, weight, bias, layer_scale, path_mask, None if rng is None else rng.clone())
+        ctx.save_for_backward(x, z, w, weight, bias, layer_scale, path_mask, None if rng is None else rng.clone())
         ctx.branch, ctx.residual = branch, residual is not None
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, z, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
+        x, z, w, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
         if differentiating_twice() and not ctx.branch.epilogue:
-            return *differentiate_reference(F.linear, (x, weight, bias), grad), *(None,) * 5
+
+            def form(x, weight, bias):
+                return F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+
+            return *differentiate_reference(form, (x, weight, bias), grad), *(None,) * 5
         refuse_double_backward("linear")
         wants_dx, wants_dw, _, wants_dscale, *_ = ctx.needs_input_grad
         dx, dw, db, dscale = branch_bwd(
-            grad, x, z, weight, bias, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
+            grad, x, z, w, bias, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
         )
+        dw = None if dw is None else cast(dw, weight.dtype)
         db = None if bias is None else cast(db, bias.dtype)
         dscale = None if dscale is None else cast(dscale, layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
 
 
 def _fused(x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch) -> Tensor:
-    """Casts as autocast wants it, and brings any rank to (B, T, in)."""
-    if (dtype := autocast_dtype(x)) is not None:
-        x, weight, bias = cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)
+    """Brings any rank to (B, T, in)."""
     shape = (*x.shape[:-1], weight.shape[0])
     if x.dim() != 3:
         batch = x.shape[0] if x.dim() > 1 else 1
@@ -331,11 +350,13 @@ def linear(
         x = cast(x, autocast_dtype(x) or x.dtype)
         adds = layer_scale is not None or residual is not None or registers > 0
         epilogue = activation != "none" or adds or dropout > 0 or drop_path > 0
-        if not (epilogue or _prefers(chosen, "linear_gemm_fwd", x, weight)):
+        exacter = weight.dtype != x.dtype and _sums_leave_unrounded(x)
+        if not (epilogue or exacter or _prefers(chosen, "linear_gemm_fwd", x, weight)):
             chosen = "composed"
     if chosen not in ("composed", "reference"):
         path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None
-        branch = Branch(activation, registers, chosen, float(dropout), layer, torch.is_grad_enabled(), epilogue)
+        keep, autocast = torch.is_grad_enabled(), autocast_dtype(x)
+        branch = Branch(activation, registers, chosen, float(dropout), layer, keep, epilogue, autocast)
         residual = other_than(x, residual)
         return _fused(x, weight, bias, layer_scale, residual, path_mask, rng if dropout else None, branch)
     # Left: no kernel here, or nothing around the GEMM.

@@ -163,7 +163,8 @@ def depthwise_conv2d_bwd(
     grad: Tensor, x: Tensor, weight: Tensor, grid: list[int], registers: int,
     mean: Tensor | None, rstd: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dweight, dbias); grad of any strides. With a norm, dx is the gradient of the normalised input."""
+    """(dx, dweight, dbias), the last two in the type of their sums; grad of any strides. With a norm, dx is the
+    gradient of the normalised input."""
     dx = torch.empty_like(x)
     g = geometry([dx, x, grad], grid, registers)
     dx_strides, x_strides, g_strides = g.strides
@@ -188,7 +189,7 @@ def depthwise_conv2d_bwd(
         warps=entry["warps"],
         **g.constants(cut, k, registers, x, G=g_strides, X=x_strides, Y=dx_strides),
     )
-    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+    dweight, dbias = filters.new_empty(weight.shape), filters.new_empty(weight.shape[:1])
     last = configuration(x, OPERATOR, "add_partials")
     launch(
         kernels.add_partials,

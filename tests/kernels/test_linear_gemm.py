@@ -60,7 +60,10 @@ def test_products_are_rounded_once(dtype, shape):
     assert_rounded(z, wanted)
     assert_rounded(y, F.gelu(z.double()))
     assert_rounded(OPS.linear_gemm_dgrad(d, weight), d.double() @ weight.double())
-    assert_rounded(OPS.linear_gemm_wgrad(d, x), d.double().flatten(0, 1).t() @ x.double().flatten(0, 1))
+    wanted = d.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    for wide in (False, True):
+        assert_rounded(dweight := OPS.linear_gemm_wgrad(d, x, wide), wanted)
+        assert dweight.dtype == (FP32 if wide else dtype)
 
 
 @every_dtype
@@ -70,7 +73,7 @@ def test_long_sums_are_as_exact_as_pytorchs(dtype):
         x, d, weight = made(dtype, (2, tokens, inputs), (2, tokens, 48), (48, inputs))
         rows, columns = x.flatten(0, 1), d.flatten(0, 1).t()
         pairs = [(product(x, weight)[0], F.linear(x, weight), F.linear(x.double(), weight.double()))]
-        pairs.append((OPS.linear_gemm_wgrad(d, x), columns @ rows, columns.double() @ rows.double()))
+        pairs.append((OPS.linear_gemm_wgrad(d, x, False), columns @ rows, columns.double() @ rows.double()))
         for got, theirs, exact in pairs:
             error = (got.double() - exact).abs().max()
             assert error <= 2 * (theirs.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
@@ -118,8 +121,8 @@ def test_inputs_of_any_strides(dtype):
     for odd_x, odd_d in zip(hostile(x).values(), hostile(d).values()):
         assert torch.equal(product(odd_x, weight.t().contiguous().t())[0], product(odd_x.contiguous(), weight)[0])
         assert torch.equal(OPS.linear_gemm_dgrad(odd_d, weight), OPS.linear_gemm_dgrad(odd_d.contiguous(), weight))
-        wanted = OPS.linear_gemm_wgrad(odd_d.contiguous(), odd_x.contiguous())
-        assert torch.equal(OPS.linear_gemm_wgrad(odd_d, odd_x), wanted)
+        wanted = OPS.linear_gemm_wgrad(odd_d.contiguous(), odd_x.contiguous(), False)
+        assert torch.equal(OPS.linear_gemm_wgrad(odd_d, odd_x, False), wanted)
 
 
 @every_dtype
@@ -148,7 +151,8 @@ def test_weight_gradients_are_the_same_at_any_thread_count(dtype):
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                found.append([OPS.linear_gemm_wgrad(d, x), *OPS.linear_gemm_bwd(d, weight, z, "kelu", 0)])
+                found.append([OPS.linear_gemm_wgrad(d, x, False), OPS.linear_gemm_wgrad(d, x, True)])
+                found[-1].extend(OPS.linear_gemm_bwd(d, weight, z, "kelu", 0))
         finally:
             torch.set_num_threads(before)
         for others in found[1:]:
@@ -160,7 +164,8 @@ def test_fakes_and_schemas(dtype):
     x, weight, d = made(dtype, (2, 9, 34), (18, 34), (2, 9, 18))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.linear_gemm_dgrad.default, (d, weight), test_utils=checks)
-    torch.library.opcheck(OPS.linear_gemm_wgrad.default, (d, x), test_utils=checks)
+    for wide in (False, True):
+        torch.library.opcheck(OPS.linear_gemm_wgrad.default, (d, x, wide), test_utils=checks)
     torch.library.opcheck(OPS.linear_gemm_bwd.default, (d, weight, x, "gelu", 1), test_utils=checks)
     for residual in (None, normal(2, 9, 18, dtype=FP32)):
         rest = (None, "gelu", None, None, residual, 1, 0.0, None, 0, True)
@@ -244,7 +249,7 @@ def test_factors_that_do_not_fit_are_refused(dtype):
             OPS.linear_gemm_bwd(d, w, x, "gelu", 0)
     for badly in (d.to(other.dtype), d[:, :2]):
         with pytest.raises(RuntimeError, match="linear"):
-            OPS.linear_gemm_wgrad(badly, x)
+            OPS.linear_gemm_wgrad(badly, x, False)
     for badly in (x[..., :4], x[:, :2]):
         with pytest.raises(RuntimeError, match="z must be as d·weight"):
             OPS.linear_gemm_bwd(d, weight, badly.contiguous(), "gelu", 0)

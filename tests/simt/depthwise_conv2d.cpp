@@ -68,8 +68,7 @@ void depthwise_conv2d_bwd(const int64_t* numbers, const int64_t* views, const vo
   const size_t bytes = simt::settings.dry ? 0 : count * sizeof(A);
   c.partial = static_cast<A*>(std::malloc(bytes + (bytes == 0)));
   std::memset(c.partial, 0xff, bytes);
-  sdp::depthwise_conv2d_backward<T>(c, int(n.kernel), plan, static_cast<T*>(dweight), static_cast<T*>(dbias),
-                                    Launcher{});
+  sdp::depthwise_conv2d_backward<T>(c, int(n.kernel), plan, static_cast<A*>(dweight), static_cast<A*>(dbias), Launcher{});
   std::free(c.partial);
 }
 }

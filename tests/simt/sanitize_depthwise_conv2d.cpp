@@ -30,7 +30,7 @@ void call() {
   T *weight = memory<T>((channels - 1) * n.weight[0] + (n.kernel - 1) * (n.weight[1] + n.weight[2]) + 1),
     *bias = has_bias ? memory<T>((channels - 1) * n.bias + 1) : nullptr;
   if (!backward) return depthwise_conv2d_fwd(numbers, views, weight, bias, norm, told);
-  depthwise_conv2d_bwd(numbers, views, weight, norm, memory<T>(channels * taps), memory<T>(channels), told);
+  depthwise_conv2d_bwd(numbers, views, weight, norm, memory<A>(channels * taps), memory<A>(channels), told);
 }
 
 }  // namespace

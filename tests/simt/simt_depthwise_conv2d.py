@@ -106,7 +106,8 @@ def depthwise_bwd(
     """(dx, dweight, dbias, told) as ``depthwise_conv2d_bwd`` gives them."""
     told = Told()
     dx = told.out(torch.empty_like(x))
-    dweight, dbias = told.out(torch.empty(weight.shape, dtype=x.dtype)), told.out(weight.new_empty(weight.shape[0]))
+    sums = (weight.new_empty(n, dtype=emulator.wide_dtype(x.dtype)) for n in (weight.shape, weight.shape[0]))
+    dweight, dbias = map(told.out, sums)
     emulator.library("depthwise_conv2d", x.dtype).depthwise_conv2d_bwd(
         _array(numbers(x, weight, None, grid, registers, norm, options)),
         *(_views(grid, registers, x, dx, grad), emulator.pointer(weight), _norm(norm, x, registers)),

@@ -145,24 +145,25 @@ def exact(case: ConvCase, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]
 
 
 def assert_right(case: ConvCase, dtype: torch.dtype, got: dict[str, Tensor]) -> None:
-    """Each output within one rounding to its dtype plus what fp32 accumulation may lose of the terms' magnitudes."""
+    """Each output within one rounding to its dtype (weight gradients leave in that of their sums) plus what fp32
+    accumulation may lose of the terms' magnitudes."""
     wanted = exact(case, dtype)
     assert got.keys() == wanted.keys()
     accumulator = torch.finfo(emulator.wide_dtype(dtype)).eps
     pixels = case.sizes[0] * case.sizes[2] * case.sizes[3]
     for name, value in got.items():
         target, magnitude = wanted[name]
+        sums = name in ("dweight", "dbias")
         assert value.shape == target.shape, name
+        assert value.dtype == (emulator.wide_dtype(dtype) if sums else dtype), name
         if target.numel() == 0:
             continue
-        terms = max(pixels, 1) if name in ("dweight", "dbias") else case.k**2
+        terms = max(pixels, 1) if sums else case.k**2
         loose = 2 * accumulator * terms**0.5
         if case.norm and name in ("y", "dweight"):  # what is normalised may be rounded to the neighbour
             loose += torch.finfo(dtype).eps * terms**-0.5 * 8 + 8 * accumulator
-        tiny = torch.finfo(dtype).tiny
-        wrong = (value.double() - target).abs() - (
-            0.505 * torch.finfo(dtype).eps * target.abs() + loose * magnitude + tiny
-        )
+        of = torch.finfo(value.dtype)
+        wrong = (value.double() - target).abs() - (0.505 * of.eps * target.abs() + loose * magnitude + of.tiny)
         assert not wrong.isnan().any() and wrong.max() <= 0, f"{name}: {wrong.max().item():.3e} more off than allowed"
 
 

@@ -1,0 +1,117 @@
+"""Under autocast, weight gradients leave the fused operators in the type of their sums: never rounded to 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _cases import BY_NAME, cpu_backends
+from _layouts import normal
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sdp_kernels as sk
+from sdp_kernels.backends import BACKENDS
+from sdp_kernels.ops.linear import wgrad
+
+LOW = torch.bfloat16
+MULTIPLIES = LOW in BACKENDS["cpu"].multiplies
+"""The GEMM is ours: PyTorch's on the CPU cannot write what it has summed."""
+PARAMETERS = {
+    "conv": [1, 2],
+    "conv-tokens": [1],
+    "conv-norm": [1, 2],
+    "linear-intermediate": [1, 2],
+    "linear-residual": [1, 2, 3],
+    "linear-masks": [1, 2, 3],
+    "conv_mlp": [3, 4, 5, 6, 7, 10, 11, 12, 13, 14],
+    "convnext_block": [1, 2, 5, 6, 7, 8, 9],
+}
+"""Case → its inputs that autocast casts, and the layer scales."""
+
+
+def gradients(call, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", LOW):
+        y = call(*leaves)
+    generator = torch.Generator().manual_seed(7)
+    grad = torch.randn(y.shape, generator=generator).to(LOW).to(y.dtype)
+    return grad, torch.autograd.grad(y, leaves, grad)
+
+
+def rounded_share(gradient) -> float:
+    """Of its elements, those that are 16-bit values; of sums over few tokens some are. Taps that see no pixel are 0."""
+    gradient = gradient[gradient != 0]
+    return float((gradient == gradient.to(LOW).float()).float().mean())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_they_are_not_rounded(name):
+    case = BY_NAME[name]
+    if not MULTIPLIES and case.operator != "depthwise_conv2d":
+        pytest.skip("this processor leaves the weight gradients of GEMMs to PyTorch, which rounds them")
+    backend = "cpu" if BACKENDS["cpu"].absent is None else None
+    inputs = case.inputs(torch.float32, batch=3)
+    _, found = gradients(lambda *x: case.call(backend, *x), inputs)
+    for i in PARAMETERS[name]:
+        assert found[i].dtype == torch.float32
+        assert rounded_share(found[i]) < 0.4, f"{name}: input {i}"
+
+
+@pytest.mark.skipif(not MULTIPLIES, reason="this processor leaves linear's products to PyTorch")
+@pytest.mark.parametrize("layer_scale", [False, True], ids=["plain", "layer scale"])
+def test_as_exact_as_their_sums(layer_scale):
+    """linear's are those of the 16-bit x and dy to fp32's accuracy; PyTorch rounds them to bfloat16."""
+    x, weight = normal(4, 33, 48, dtype=LOW).float(), normal(34, 48, seed=1, dtype=LOW).float()
+    scale = 1 + normal(34, seed=2, dtype=torch.float32) if layer_scale else None
+    grad, (_, ours, *dscale) = gradients(
+        lambda x, w, *s: sk.linear(x, w, layer_scale=s[0] if s else None),
+        [x, weight, *([scale] if layer_scale else [])],
+    )
+    exact = grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    if layer_scale:
+        expected = (exact * weight.double()).sum(1)
+        torch.testing.assert_close(dscale[0].double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        exact = scale.double()[:, None] * exact
+    largest = float(exact.abs().max())
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-6 * largest)
+    if not layer_scale:
+        theirs = gradients(F.linear, [x, weight])[1][1]
+        assert (theirs.double() - exact).abs().max() > 1e-4 * largest
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "conv-norm"])
+def test_the_parameter_itself_is_twice_differentiated(name):
+    """Its cast copy, which the kernel reads, hangs on nothing."""
+    case = BY_NAME[name]
+    seen = []
+    for backend in [b for b in cpu_backends(case.operator) if BACKENDS[b].absent is None]:
+        leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+        with torch.autocast("cpu", LOW):
+            y = case.call(backend, *leaves)
+        first = torch.autograd.grad(y.float().square().sum(), leaves, create_graph=True)
+        seen.append(torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves))
+    assert len(seen) > 1
+    for others in seen[1:]:
+        for i, (got, wanted) in enumerate(zip(others, seen[0])):
+            assert wanted.abs().max() > 0, f"input {i}"
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+
+
+def test_the_vendors_gemm_on_a_gpu_writes_its_sums():
+    """One product that writes fp32, no cast behind it; nothing of it runs, and no GPU is needed."""
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for dtype in (LOW, torch.float16, torch.float32):
+        names = []
+        with torch._subclasses.FakeTensorMode(), Called():
+            d, x, weight = (torch.empty(s, dtype=dtype, device="cuda") for s in ((2, 9, 6), (2, 9, 4), (6, 4)))
+            names.clear()
+            wide, narrow = (wgrad(d, x, weight, "cuda", w) for w in (True, False))
+        assert wide.dtype == torch.float32 and narrow.dtype == dtype
+        assert wide.shape == narrow.shape == (6, 4)
+        products = [n for n in names if "mm" in n or "_to_copy" in n]
+        assert products == ["aten.mm.default" if dtype == torch.float32 else "aten.mm.dtype", "aten.mm.default"]

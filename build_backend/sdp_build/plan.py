@@ -20,7 +20,6 @@ from .torch_headers import TorchHeaders
 
 # The oldest torch (2.11) and the oldest Python (3.11) that the libraries run with; newer names are then not declared.
 TARGET = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030B0000"]
-# GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes, hence the last flag.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -30,8 +29,9 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",
-    "-Wno-maybe-uninitialized",
 ]
+# GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes.
+GCC_FLAGS = ["-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
 # Levels 1 and 2 are entered only on a processor that has all of these (library.cpp asks cpuid); never -march=native.
 X86_LEVELS = [
@@ -106,7 +106,7 @@ def plan_extension(
     includes = [f"-I{root / 'csrc'}", "-isystem", str(torch.include), "-isystem", str(python_include)]
     header = work / "build_info.h"
     if name == "_C":
-        base = [*cxx.command, *CXX_FLAGS]
+        base = [*cxx.command, *CXX_FLAGS, *([] if "clang" in cxx.version else GCC_FLAGS)]
         extra = shlex.split(env.get("CXXFLAGS", ""))
         variants = list(enumerate(levels))
     else:

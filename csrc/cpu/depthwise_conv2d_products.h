@@ -127,7 +127,7 @@ void convolve_row(const typename M::Packed* in, int64_t pitch, const typename M:
     constexpr int P = decltype(constant)::value;
     for (; i + P <= width; i += P) convolve<M, K, P>(in + i, pitch, factors, rows, start, out + i);
   };
-  if constexpr (SDP_LEVEL == 2) {  // as many as 32 registers hold beside a kernel row's factors
+  if constexpr (kVectorRegisters == 32) {  // as many as they hold beside a kernel row's factors
     if (width % 16 == 0) runs(std::integral_constant<int, 16>());
     runs(std::integral_constant<int, 14>());
   }
@@ -182,7 +182,7 @@ void correlate_rows(const typename M::Packed* x, const typename M::Packed* dy, i
 // Kernel rows to go through the gradient with at a time, from kernel row kh on: enough sums that none waits for its previous
 // addition, and as few as 32 registers hold beside four values of dy.
 constexpr int rows_at_once(int kernel, int kh) {
-  if (SDP_LEVEL < 2) return 1;
+  if (kVectorRegisters < 32) return 1;
   switch (kernel) {
     case 3: return 3;
     case 5: return kh == 0 ? 3 : 2;

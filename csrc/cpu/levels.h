@@ -1,7 +1,8 @@
 // The SIMD level an operator's kernels are compiled for, and the one this machine runs.
 //
 // Every csrc/cpu/<op>.cpp is compiled once per level (SDP_LEVEL = 0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512 F/BW/DQ/VL)
-// and defines its table of functions in that level's namespace; its level-0 object also holds the host side.
+// and defines its table of functions in that level's namespace; its level-0 object also holds the host side. Processors other
+// than x86-64 have the baseline alone: on ARM (aarch64) that is NEON, which every such processor has.
 #pragma once
 
 #if SDP_LEVEL == 2

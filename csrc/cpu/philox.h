@@ -23,6 +23,10 @@ constexpr int kCounters = kVectorBytes / 8;
 SDP_HOST_DEVICE Counters multiply_low(Counters x, Counters y) { return (Counters)_mm512_mul_epu32((__m512i)x, (__m512i)y); }
 #elif SDP_LEVEL == 1
 SDP_HOST_DEVICE Counters multiply_low(Counters x, Counters y) { return (Counters)_mm256_mul_epu32((__m256i)x, (__m256i)y); }
+#elif defined(SDP_NEON)
+SDP_HOST_DEVICE Counters multiply_low(Counters x, Counters y) {
+  return (Counters)vmull_u32(vmovn_u64((uint64x2_t)x), vmovn_u64((uint64x2_t)y));
+}
 #else
 SDP_HOST_DEVICE Counters multiply_low(Counters x, Counters y) { return (x & 0xffffffffu) * (y & 0xffffffffu); }
 #endif

@@ -11,8 +11,8 @@
 namespace sdp {
 namespace {
 
-// Rows × vectors of a tile: 24 + 3 + 1 of AVX-512's 32 registers, 12 + 3 + 1 and 8 + 2 + 1 of 16 below.
-constexpr int kTileRows = SDP_LEVEL == 2 ? 8 : 4, kTileColumns = SDP_LEVEL == 0 ? 2 : 3;
+// Rows × vectors of a tile: 24 + 3 + 1 of 32 registers, 12 + 3 + 1 of AVX2's 16, 8 + 2 + 1 of SSE's.
+constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4, kTileColumns = kVectorRegisters == 32 || SDP_LEVEL > 0 ? 3 : 2;
 
 constexpr int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

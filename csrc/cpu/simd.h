@@ -9,6 +9,9 @@
 
 #if SDP_LEVEL > 0
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>  // every such processor has it: the baseline
+#define SDP_NEON 1
 #endif
 
 #include "common/macros.h"
@@ -25,6 +28,11 @@ enum Dtype { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
 namespace {
 
 constexpr int kVectorBytes = SDP_LEVEL == 2 ? 64 : SDP_LEVEL == 1 ? 32 : 16;
+#ifdef SDP_NEON
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = SDP_LEVEL == 2 ? 32 : 16;
+#endif
 
 template <class Scalar> struct VectorOf;
 template <> struct VectorOf<float> {
@@ -70,6 +78,14 @@ SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {  // nearest even; NaN st
                                          11, 9, 7, 5, 3, 1);
   return (HalfBits)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
 }
+#elif defined(SDP_NEON)
+// GCC takes a generic vector of 8 bytes apart in general registers to widen it.
+SDP_HOST_DEVICE Floats widen(HalfBits half, BFloat16) { return (Floats)vshll_n_u16((uint16x4_t)half, 16); }
+SDP_HOST_DEVICE HalfBits round_to(Floats x, BFloat16) {
+  const uint32x4_t bits = (uint32x4_t)x, odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t even = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), nan = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  return (HalfBits)vshrn_n_u32(vbslq_u32(vceqq_f32((float32x4_t)x, (float32x4_t)x), even, nan), 16);
+}
 #else
 SDP_HOST_DEVICE Floats widen(HalfBits half, BFloat16) { return bit_cast<Floats>(__builtin_convertvector(half, Bits) << 16); }
 
@@ -86,6 +102,9 @@ SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm512_c
 #elif SDP_LEVEL == 1
 SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) { return (Floats)_mm256_cvtph_ps((__m128i)half); }
 SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) { return (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(SDP_NEON)
+SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) { return (Floats)vcvt_f32_f16((float16x4_t)half); }
+SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) { return (HalfBits)vcvt_f16_f32((float32x4_t)x); }
 #else
 // Integer forms after F. Giesen's half/float conversions (public domain), two selects wider for infinity and NaN.
 SDP_HOST_DEVICE Floats widen(HalfBits half, Float16) {
@@ -107,8 +126,8 @@ SDP_HOST_DEVICE HalfBits round_to(Floats x, Float16) {
 }
 #endif
 
-// |x|, and the smaller and the larger of two, where a NaN among x stays one. The instructions keep their second operand then,
-// but the compiler doesn't find them behind a selection.
+// |x|, and the smaller and the larger of two, where a NaN among x stays one. x86's instructions keep their second operand
+// then (NEON's keep whichever is one), but the compiler doesn't find them behind a selection.
 SDP_HOST_DEVICE Floats magnitude(Floats x) { return bit_cast<Floats>(bit_cast<Bits>(x) & 0x7fffffffu); }
 #if SDP_LEVEL == 2
 SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)x); }
@@ -116,6 +135,9 @@ SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return (Floats)_mm512_m
 #elif SDP_LEVEL == 1
 SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x); }
 SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return (Floats)_mm256_max_ps(_mm256_set1_ps(limit), (__m256)x); }
+#elif defined(SDP_NEON)
+SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return (Floats)vminq_f32((float32x4_t)x, vdupq_n_f32(limit)); }
+SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return (Floats)vmaxq_f32((float32x4_t)x, vdupq_n_f32(limit)); }
 #else
 SDP_HOST_DEVICE Floats at_most(Floats x, float limit) { return x > limit ? Floats{} + limit : x; }
 SDP_HOST_DEVICE Floats at_least(Floats x, float limit) { return x < limit ? Floats{} + limit : x; }

@@ -51,6 +51,15 @@ inline DeviceLimits device_limits(const Tensor& t) {
   return {block, multiprocessor};
 }
 
+// A parameter (C,) as kernels read it: without gaps, in fp32 or in x's dtype. Under autocast it may come in any other.
+inline Tensor readable(const Tensor& parameter, const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = parameter.scalar_type();
+  const bool as_it_is = dtype == ScalarType::Float || dtype == x.scalar_type();
+  const Tensor read = as_it_is ? parameter : torch::stable::to(parameter, ScalarType::Float);
+  return read.is_contiguous() ? read : torch::stable::contiguous(read);
+}
+
 // Calls body(T{}) with the storage type; a functor instead of a macro, so that launches may hold commas.
 template <class Body>
 void dispatch_dtype(const Tensor& t, const Body& body) {

@@ -18,11 +18,6 @@ DepthwiseView view_of(const Tensor& t, const int64_t (&sizes)[4], int64_t regist
   return depthwise_view(data, sizes, t.stride(0), t.stride(2), sizes[3] * t.stride(1), t.stride(1));
 }
 
-// (C,) of any stride to one without gaps.
-Tensor dense(const Tensor& parameter) {
-  return parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
-}
-
 bool has_tensor_cores(const Tensor& t) {  // of the kind that mma.sync m16n8k16 asks for
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
@@ -57,10 +52,10 @@ struct Prepared {
     c.mean = static_cast<const float*>(mean->const_data_ptr()) + c.registers;
     c.rstd = static_cast<const float*>(rstd->const_data_ptr()) + c.registers;
     c.statistics_batch = mean->stride(0);
-    norm_weight = dense(*gamma), norm_bias = dense(*beta);
+    norm_weight = readable(*gamma, x), norm_bias = readable(*beta, x);
     c.norm_weight = norm_weight.const_data_ptr(), c.norm_bias = norm_bias.const_data_ptr();
-    c.wide_norm_weight = gamma->scalar_type() == ScalarType::Float;
-    c.wide_norm_bias = beta->scalar_type() == ScalarType::Float;
+    c.wide_norm_weight = norm_weight.scalar_type() == ScalarType::Float;
+    c.wide_norm_bias = norm_bias.scalar_type() == ScalarType::Float;
   }
 };
 

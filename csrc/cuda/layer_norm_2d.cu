@@ -30,11 +30,6 @@ Tensor new_statistics(const Tensor& x) {
   return allocate(x, shape, ScalarType::Float);
 }
 
-// (C,) of any stride to one without gaps.
-Tensor dense(const Tensor& parameter) {
-  return parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                                              const Tensor& weight, const Tensor& bias, double eps,
                                                              int64_t registers) {
@@ -43,13 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_2d_fwd(const Tensor& x, co
   Tensor sum = residual ? allocate_like(x) : allocate(x, {0});
   Tensor mean = new_statistics(x), rstd = new_statistics(x);
   if (x.numel() == 0) return {y, mean, rstd, sum};
-  const Tensor dense_weight = dense(weight), dense_bias = dense(bias);
+  const Tensor read_weight = readable(weight, x), read_bias = readable(bias, x);
 
   auto c = layer_norm_case<float>(sizes_of(x), registers, eps);
   c.x = view_of(x), c.y = view_of(y);
   if (residual) c.residual = view_of(*residual), c.sum = view_of(sum);
-  c.weight = dense_weight.const_data_ptr(), c.bias = dense_bias.const_data_ptr();
-  c.wide_weight = weight.scalar_type() == ScalarType::Float, c.wide_bias = bias.scalar_type() == ScalarType::Float;
+  c.weight = read_weight.const_data_ptr(), c.bias = read_bias.const_data_ptr();
+  c.wide_weight = read_weight.scalar_type() == ScalarType::Float;
+  c.wide_bias = read_bias.scalar_type() == ScalarType::Float;
   c.mean = static_cast<float*>(mean.mutable_data_ptr()), c.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   dispatch_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -66,15 +62,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
   STD_TORCH_CHECK(mean.is_contiguous() && rstd.is_contiguous(), "layer_norm_2d_bwd: mean and rstd must be contiguous");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dx = allocate_like(x);
+  const Tensor read_weight = readable(weight, x);
   const std::vector<int64_t> shape{weight.numel()};
-  Tensor dweight = allocate(weight, shape), dbias = allocate(weight, shape);
-  const Tensor dense_weight = dense(weight);
+  Tensor dweight = allocate(read_weight, shape), dbias = allocate(read_weight, shape);
 
   auto c = layer_norm_case<float>(sizes_of(x), registers, 0);
   c.x = view_of(x), c.grad = view_of(grad), c.dx = view_of(dx);
   if (grad_sum) c.grad_sum = view_of(*grad_sum);
-  c.weight = dense_weight.const_data_ptr();
-  c.wide_weight = weight.scalar_type() == ScalarType::Float;
+  c.weight = read_weight.const_data_ptr();
+  c.wide_weight = read_weight.scalar_type() == ScalarType::Float;
   c.mean = static_cast<float*>(const_cast<void*>(mean.const_data_ptr()));
   c.rstd = static_cast<float*>(const_cast<void*>(rstd.const_data_ptr()));
   dispatch_dtype(x, [&](auto zero) {
@@ -91,7 +87,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_2d_bwd(const Tensor& grad, const s
     if (c.wide_weight) run(static_cast<float*>(nullptr));
     else run(static_cast<T*>(nullptr));
   });
-  return {dx, dweight, dbias};
+  const auto as_weight = [&](const Tensor& gradient) {
+    if (gradient.scalar_type() == weight.scalar_type()) return gradient;
+    return torch::stable::to(gradient, weight.scalar_type());
+  };
+  return {dx, as_weight(dweight), as_weight(dbias)};
 }
 
 }  // namespace

@@ -38,10 +38,8 @@ struct Around {
     STD_TORCH_CHECK(z.dim() == 3, "linear_epilogue: z must be (B, T, N)");
     c = epilogue_case<float>(z.size(0), z.size(1), z.size(2), registers, activation_of(activation));
     if (layer_scale) {
-      STD_TORCH_CHECK(layer_scale->scalar_type() == ScalarType::Float || layer_scale->scalar_type() == z.scalar_type(),
-                      "linear_epilogue: layer_scale must be float32 or of z's dtype");
-      copies.push_back(dense(*layer_scale));
-      c.scale = copies.back().const_data_ptr(), c.wide_scale = layer_scale->scalar_type() == ScalarType::Float;
+      copies.push_back(readable(*layer_scale, z));
+      c.scale = copies.back().const_data_ptr(), c.wide_scale = copies.back().scalar_type() == ScalarType::Float;
     }
     if (path_mask) {
       STD_TORCH_CHECK(path_mask->scalar_type() == ScalarType::Float, "linear_epilogue: path_mask must be float32");

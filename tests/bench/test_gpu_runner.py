@@ -154,6 +154,14 @@ def test_an_interrupted_part_resumes_where_it_stopped(bench, monkeypatch, tmp_pa
     assert bench.log() == ["good-1", "good-2", "waits-3", "waits-3", "good-4"]
 
 
+def test_workers_share_what_triton_compiles(monkeypatch):
+    """Inductor names a folder of its own, in the middle of a worker's life, where the environment names none."""
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    assert Path(pool.environment(Setting())["TRITON_CACHE_DIR"]).is_absolute()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/there/already")
+    assert pool.environment(Setting())["TRITON_CACHE_DIR"] == "/there/already"
+
+
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(bench, monkeypatch):
     started = []
     init = pool.Worker.__init__

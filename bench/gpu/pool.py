@@ -33,8 +33,8 @@ def environment(setting: Setting) -> dict[str, str]:
     """Of a worker: this checkout first, no backend forced, and in a rehearsal no GPU."""
     ours = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SDP_KERNELS_BACKEND")}
     ours["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Where none is named, Inductor names one of its own once it has compiled something, and what Triton compiled for one
-    # worker another one would not find.
+    # Where none is named, Inductor names one of its own once it has compiled something, and what Triton then compiled
+    # for one worker another one would not find.
     ours.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     if setting.variant == "interpreter":
         ours["TRITON_INTERPRET"] = "1"

@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from other_compilers import ARM, CLANG
 from trees import EXPORT, REPOSITORY, program
+
+# Compilers that no build here needs; a skip would say that something is missing.
+WITHOUT = {"test_arm.py": ARM, "test_clang.py": CLANG}
+collect_ignore = [file for file, compiler in WITHOUT.items() if shutil.which(compiler) is None]
+
+
+def pytest_report_header() -> str | None:
+    left_out = ", ".join(f"{file} (no {WITHOUT[file]})" for file in collect_ignore)
+    return f"left out: {left_out}" if left_out else None
 
 
 @pytest.fixture

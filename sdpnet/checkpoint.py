@@ -57,13 +57,17 @@ class Progress:
 
 # ---------------------------------------------------------------------------------------------------- files
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is never seen half-written: temporary file, fsync, rename."""
+    """Writes a file that is never seen half-written: temporary file, fsync, rename. Its OSErrors name the file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's own error names none
     _sync_folder(path.parent)
 
 
@@ -119,7 +123,8 @@ def save(
     """
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for unfinished in folder.parent.glob(".step-*.tmp"):  # of a run that was killed, or whose disk was full
+        shutil.rmtree(unfinished, ignore_errors=True)
     temporary.mkdir(parents=True)
     contents = (model.state_dict(), ema.state_dict(), optimizer_tensors(optimizer))
     hashes = {}
@@ -158,7 +163,9 @@ def newest(run: Path) -> Path:
         return run
     found = list_checkpoints(run)
     if not found:
-        raise CheckpointError(f"no checkpoint in {run / 'checkpoints'}")
+        raise CheckpointError(
+            f"no checkpoint in {run / 'checkpoints'}: the run ended before its first; to start again, move {run} away"
+        )
     return found[-1]
 
 

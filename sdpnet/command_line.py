@@ -108,8 +108,8 @@ def new_folder(wanted: Path | None, name: str) -> Path:
         raise ConfigError(f"--out: {folder} is a file")
     held = [n for n in ("config.yaml", "metrics.csv", "checkpoints", "model.safetensors") if (folder / n).exists()]
     if held:
+        way = "--resume goes on with it" if checkpoint.list_checkpoints(folder) else "it has no checkpoint yet"
         raise ConfigError(
-            f"--out: {folder} already holds a run ({', '.join(held)}); --resume goes on with it, "
-            "another --out starts a new one"
+            f"--out: {folder} already holds a run ({', '.join(held)}); {way}, another --out starts a new one"
         )
     return folder

@@ -114,7 +114,8 @@ class ImageFolder:
 
     In training (``draws`` given) a random part of the image is cut out (area ``crop_scale``, aspect ratio 3/4 … 4/3)
     and resized to image_size; for evaluation the shorter side is resized to image_size / 0.875 and the middle is cut
-    out. Raises DataError naming the folder or file that is missing or unreadable, ImportError without Pillow.
+    out. Names that begin with a dot (.ipynb_checkpoints, ._0.jpg) are no classes and no images. Raises DataError naming
+    the folder or file that is missing or unreadable, ImportError without Pillow.
     """
 
     channels, value_max = 3, 255
@@ -127,12 +128,12 @@ class ImageFolder:
         self.root, self.image_size, self.crop_scale = Path(root), image_size, crop_scale
         if not self.root.is_dir():
             raise DataError(f"data.path: folder not found: {self.root}")
-        self.class_names = tuple(sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()))
+        self.class_names = tuple(sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."))
         self.files = [
             (file, label)
             for label, name in enumerate(self.class_names)
             for file in sorted((self.root / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
         ]
         if not self.files:
             raise DataError(f"data.path: no images in {self.root} (wanted {self.root}/<class>/<name>.jpg|png|…)")
@@ -151,13 +152,30 @@ class ImageFolder:
         image_module, path, size = _pillow(), self.files[index][0], self.image_size
         try:
             with image_module.open(path) as file:
+                if file.mode[0] in "IF":  # Pillow would clip them: 16-bit greys come out white, floats black
+                    raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {file.mode}); convert it first")
                 image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # what a decoder raises over a broken file is up to the decoder
             raise DataError(f"cannot read image {path}: {error}") from error
         box = _middle(*image.size) if draws is None else _random_box(*image.size, self.crop_scale, draws)
         # box= resizes straight from the original: no second resampling
         image = image.resize((size, size), image_module.Resampling.BICUBIC, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def check_classes(train: Digits | ImageFolder, held_out: Digits | ImageFolder, path: str | None) -> None:
+    """Raises DataError when the two sets have different classes, or one that there is nothing to learn from."""
+    different = sorted(set(train.class_names) ^ set(held_out.class_names))
+    if different:
+        raise DataError(f"data.path: train/ and val/ in {path} have different classes: {_few(different)}")
+    counts = torch.bincount(train.labels, minlength=train.classes).tolist()
+    empty = [name for name, count in zip(train.class_names, counts, strict=True) if not count]
+    if empty:
+        raise DataError(f"data.path: no images in these classes of {path}/train: {_few(empty)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _pillow():

@@ -29,10 +29,23 @@ def open_data(config: Config, held_out: bool) -> Digits | ImageFolder:
 def build_model(config: Config, dataset: Digits | ImageFolder) -> nn.Module:
     """The model of a configuration, with as many classes and channels as the data set has (unless the configuration
     says otherwise).
+
+    Raises ConfigError when the model cannot be built or does not take the data: fewer classes, other channels, a size
+    that its patches don't divide.
     """
-    fitting = {"num_classes": dataset.classes, "in_channels": dataset.channels, "image_size": dataset.image_size}
+    side = dataset.image_size
+    fitting = {"num_classes": dataset.classes, "in_channels": dataset.channels, "image_size": side}
     options = {**fitting, **(config.model.model_extra or {})}
-    return create_model(config.model.name, fused=config.run.fused, **options)
+    try:
+        model = create_model(config.model.name, fused=config.run.fused, **options)
+        model.embedding.grid(torch.empty(1, dataset.channels, side, side, device="meta"))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model {config.model.name} and the data do not fit: {error}") from None
+    if model.config.num_classes < dataset.classes:  # the loss would take the labels beyond for no class at all
+        raise ConfigError(
+            f"model.num_classes: got {model.config.num_classes}, wanted at least the data's {dataset.classes}"
+        )
+    return model
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,14 +107,13 @@ def main(arguments: list[str] | None = None) -> int:
         weights = checkpoint.read_tensors(path)
         checkpoint.check_fits(model, weights, path)
         model.load_state_dict(weights)
+        if device.type == "cpu":
+            keep_memory()
+        batch, bf16 = config.data.eval_batch, config.run.precision == "bf16"
+        result = evaluate(model.to(device), dataset, batch_size=batch, device=device, bf16=bf16)
     except (ConfigError, DataError, checkpoint.CheckpointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if device.type == "cpu":
-        keep_memory()
-    result = evaluate(
-        model.to(device), dataset, batch_size=config.data.eval_batch, device=device, bf16=config.run.precision == "bf16"
-    )
     print(
         f"{path}: {result['samples']:,} samples, loss {result['loss']:.4f}, "
         f"top-5 {result['top5']:.2f}%, top-1 {result['top1']:.2f}%"

@@ -24,7 +24,7 @@ from sdpnet.augment import augment, normalize
 from sdpnet.checkpoint import CheckpointError, Progress
 from sdpnet.command_line import new_folder, parse, settings
 from sdpnet.config import Config, ConfigError
-from sdpnet.data import Batch, DataError, TrainOrder, fold
+from sdpnet.data import Batch, DataError, TrainOrder, check_classes, fold
 from sdpnet.ema import EMA
 from sdpnet.evaluate import build_model, evaluate, open_data, pick_device
 from sdpnet.loss import classification_loss
@@ -93,8 +93,7 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.train_set, self.held_out = open_data(config, held_out=False), open_data(config, held_out=True)
-        if self.train_set.class_names != self.held_out.class_names:
-            raise DataError(f"data.path: train/ and val/ in {config.data.path} have different classes")
+        check_classes(self.train_set, self.held_out, config.data.path)
         torch.manual_seed(fold(config.run.seed, 0))
         self.model = build_model(config, self.train_set).to(self.device).train()
         self.ema = EMA(self.model, config.ema.decay)
@@ -286,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = options.out
             trainer = Trainer(config, folder)
             trainer.load(source)
-    except (ConfigError, DataError, CheckpointError, ImportError) as error:
+    except (ConfigError, DataError, CheckpointError, ImportError, OSError) as error:  # OSError: a folder to write to
         print(f"error: {error}", file=sys.stderr)
         return 2
     if trainer.device.type == "cpu":
@@ -297,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finished = trainer.train(lambda step: bool(caught))
     except (TrainingError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write: {error}; what was saved before is whole", file=sys.stderr)
         return 1
     if not finished:
         place = f"epoch {trainer.progress.epoch + 1}, step {trainer.progress.step} of {trainer.total_steps}"

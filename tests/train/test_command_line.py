@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 import numpy as np
 import pytest
 
 from sdpnet import evaluate, train
+from sdpnet.settings import read_preset, resolve
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,10 @@ def test_print_config_shows_origins_and_trains_nothing(tmp_path, monkeypatch, ca
         (["-c", "none.yaml"], "none.yaml"),
         (["data.path=none.csv.gz"], "none.csv.gz"),
         (["run.device=cuda:77"], "run.device"),
+        (["model.num_classes=9"], "model.num_classes: got 9, wanted at least the data's 10"),
+        (["model.in_channels=3"], "images must be (B, 3, H, W), got shape (1, 1, 8, 8)"),
+        (["model.image_size=9", "model.patch_size=3"], "height must be a multiple of patch_size 3, got 8"),
+        (["model.patch_size=3"], "image_size must be a multiple of patch_size, got height 8"),
     ],
 )
 def test_wrong_use_is_explained_and_leaves_nothing(words, message, tmp_path, monkeypatch, capsys):
@@ -155,9 +162,41 @@ def test_images_from_folders_train_too(tmp_path, tiny_words, capsys):
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "6 samples" in capsys.readouterr().out
 
+    broken = tmp_path / "data" / "val" / "class1" / "2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"not an image")
+    assert evaluate.main([str(tmp_path / "run")]) == 2
+    assert "2.png" in capsys.readouterr().err
+    broken.write_bytes(whole)
     (tmp_path / "data" / "train" / "class1" / "2.png").write_bytes(b"not an image")
     assert train.main([*words, "--out", str(tmp_path / "second")]) == 1
     assert "2.png" in capsys.readouterr().err
     (tmp_path / "data" / "val" / "class2").mkdir()
     assert train.main([*words, "--out", str(tmp_path / "third")]) == 2
-    assert "different classes" in capsys.readouterr().err and not (tmp_path / "third").exists()
+    assert "different classes: class2" in capsys.readouterr().err and not (tmp_path / "third").exists()
+
+
+def test_a_run_without_a_checkpoint_is_neither_resumed_nor_overwritten(tmp_path, tiny_words, capsys):
+    (tmp_path / "config.yaml").write_text(resolve(("preset", read_preset("digits"))).describe())
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert "ended before its first" in capsys.readouterr().err
+    assert train.main([*tiny_words, "--out", str(tmp_path)]) == 2
+    assert "it has no checkpoint yet, another --out" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, tiny_words, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*tiny_words, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_an_error_that_names_the_file(tmp_path, tiny_words, capsys, monkeypatch):
+    def full(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("optimizer.safetensors.tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train.main([*tiny_words, "schedule.epochs=1", "schedule.warmup_epochs=0", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"cannot write: \[Errno 28\].*/optimizer\.safetensors'", error)
+    assert not list(tmp_path.rglob("optimizer.safetensors*")) and not list(tmp_path.rglob("step-*"))

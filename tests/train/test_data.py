@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from sdpnet.augment import affine, affine_matrices, augment, normalize
-from sdpnet.data import DataError, Digits, ImageFolder, TrainOrder, evaluation_batches, fold, permutation, uniform
+from sdpnet.data import (
+    DataError,
+    Digits,
+    ImageFolder,
+    TrainOrder,
+    check_classes,
+    evaluation_batches,
+    fold,
+    permutation,
+    uniform,
+)
 
 
 def test_digits_are_the_published_ones():
@@ -144,6 +154,42 @@ def test_unreadable_image_is_named(folder):
     (folder / "bee" / "0.jpg").write_bytes(b"\xff\xd8 cut short")
     with pytest.raises(DataError, match=r"bee.0\.jpg"):
         ImageFolder(folder, 24).batch(torch.arange(6))
+
+
+@pytest.mark.parametrize("name, pixels", [("deep.png", np.uint16), ("real.tif", np.float32)])
+def test_pixels_of_more_than_8_bits_are_refused_instead_of_clipped(folder, name, pixels):
+    image_module = pytest.importorskip("PIL.Image")
+    image_module.fromarray(np.full((40, 40), 300, dtype=pixels)).save(folder / "bee" / name)
+    with pytest.raises(DataError, match=rf"{name}.*more than 8 bits"):
+        ImageFolder(folder, 24).batch(torch.arange(7))
+
+
+def test_an_image_too_large_to_decode_is_named(folder, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("PIL.Image"), "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"ant.0\.jpg.*exceeds limit"):
+        ImageFolder(folder, 24).batch(torch.arange(6))
+
+
+def test_hidden_names_are_neither_classes_nor_images(folder):
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "bee" / "._0.jpg").write_bytes(b"a Mac's notes on 0.jpg")
+    data = ImageFolder(folder, 24)
+    assert data.class_names == ("ant", "bee", "cat") and len(data) == 6
+
+
+def test_classes_that_differ_or_are_empty_are_named(folder, tmp_path_factory):
+    train, other = ImageFolder(folder, 24), tmp_path_factory.mktemp("val")
+    check_classes(train, train, "data")
+    for name in ("ant", "bee", "dog"):
+        (other / name).mkdir()
+    (other / "ant" / "0.jpg").write_bytes((folder / "ant" / "0.jpg").read_bytes())
+    with pytest.raises(DataError, match="different classes: cat, dog"):
+        check_classes(train, ImageFolder(other, 24), "data")
+    (other / "dog").rename(other / "cat")
+    held_out = ImageFolder(other, 24)
+    check_classes(train, held_out, "data")  # nothing to ask about a class is no mistake
+    with pytest.raises(DataError, match="no images in these classes of data/train: bee, cat"):
+        check_classes(held_out, train, "data")
 
 
 def test_missing_or_empty_folder_is_named(tmp_path):

@@ -90,6 +90,15 @@ def test_folder_has_what_it_should(unbroken):
 
 
 # ---------------------------------------------------------------------------------------------------- broken files
+def test_what_a_killed_run_left_half_written_goes_with_the_next_checkpoint(trainer):
+    run = trainer()
+    half = run.folder / "checkpoints" / ".step-00000007.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half of it")
+    run.save()
+    assert [p.name for p in half.parent.iterdir()] == ["step-00000000"]
+
+
 def spoil(path, how: str) -> None:
     data = path.read_bytes()
     if how == "truncated":

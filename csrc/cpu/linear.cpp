@@ -9,9 +9,14 @@
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
+#ifdef SDP_PAIRED_PASSES
+#define SDP_PAIRED(KERNEL) KERNEL<PairedBFloat16, PairedBFloat16>, KERNEL<PairedBFloat16, float>
+#else
+#define SDP_PAIRED(KERNEL) nullptr, nullptr
+#endif
 #define SDP_ALL_PAIRS(KERNEL)                                                                             \
   {KERNEL<double, double>,     KERNEL<float, float>,    KERNEL<BFloat16, BFloat16>, \
-   KERNEL<Float16, Float16>, KERNEL<BFloat16, float>, KERNEL<Float16, float>}
+   KERNEL<Float16, Float16>, KERNEL<BFloat16, float>, KERNEL<Float16, float>, SDP_PAIRED(KERNEL)}
 extern const EpilogueTable epilogue_table = {SDP_ALL_PAIRS(forward), SDP_ALL_PAIRS(backward)};
 
 }  // namespace SDP_LEVEL_NAMESPACE

@@ -26,8 +26,12 @@ struct EpilogueCase {
   void *dscale, *dbias;        // accumulator type, one row of partial sums per block; dscale may be null
 };
 
-// Storage of z and of residual, y and dy: alike, or the latter fp32 beside a 16-bit z.
-enum EpiloguePair { kFloat64Pair, kFloat32Pair, kBFloat16Pair, kFloat16Pair, kBFloat16InFloat32, kFloat16InFloat32, kPairs };
+// Storage of z and of residual, y and dy: alike, or the latter fp32 beside a 16-bit z. With bf16 pairs, as where linear's
+// own GEMM multiplies them (activations_bf16.h).
+enum EpiloguePair {
+  kFloat64Pair, kFloat32Pair, kBFloat16Pair, kFloat16Pair, kBFloat16InFloat32, kFloat16InFloat32, kPairedBFloat16Pair,
+  kPairedBFloat16InFloat32, kPairs
+};
 
 struct EpilogueTable {
   void (*forward[kPairs])(const EpilogueCase&, int64_t begin, int64_t end);

@@ -18,6 +18,10 @@ inline Activation activation_of(const std::string& name) {
 }
 
 inline EpiloguePair pair_of(int z, int residual) {
+  if (z == kBFloat16 && multiplies_bf16()) {
+    if (residual == kBFloat16) return kPairedBFloat16Pair;
+    if (residual == kFloat32) return kPairedBFloat16InFloat32;
+  }
   if (z == residual) return static_cast<EpiloguePair>(z);
   STD_TORCH_CHECK(residual == kFloat32 && (z == kBFloat16 || z == kFloat16),
                   "residual and grad must have z's dtype, or float32 with 16 bits");

@@ -2,6 +2,7 @@
 // of one whose width is no whole number of vectors, are copied into a buffer first, so that one form is left, whole
 // vectors side by side.
 #pragma once
+#include "cpu/activations_bf16.h"
 #include "cpu/linear_case.h"
 
 namespace sdp {
@@ -53,7 +54,8 @@ struct ForwardChunk {
   template <class Act>
   SDP_HOST_DEVICE void run(Accumulator<T> keep, int width, Act act) const {
     for (int i = 0; i < width; i += kLanes<T>) {
-      Vector<T> value = act(load(z + i)).value * keep;
+      Vector<T> value = act(load(z + i)).value;
+      if (keep != Accumulator<T>(1)) value *= keep;
       if (factors != nullptr) value *= load_factors(factors + i, Accumulator<T>());
       if (scale != nullptr) value *= load(scale + i);
       if (residual != nullptr) value += load(residual + i);
@@ -74,7 +76,8 @@ struct BackwardChunk {
   template <class Act>
   SDP_HOST_DEVICE void run(Accumulator<T> keep, int width, Act act) const {
     for (int i = 0; i < width; i += kLanes<T>) {
-      Vector<T> value = load(grad + i) * keep;
+      Vector<T> value = load(grad + i);
+      if (keep != Accumulator<T>(1)) value *= keep;
       if (factors != nullptr) value *= load_factors(factors + i, Accumulator<T>());
       if (z != nullptr) {
         const auto both = act(load(z + i));
@@ -95,8 +98,14 @@ template <class V>
 __attribute__((noinline)) Activated<V> activated_at_run_time(V x, Activation activation) {
   return activated(x, activation);
 }
-template <class Body>
+template <class T, class Body>
 inline void with_activation(Activation activation, const Body& body) {
+#ifdef SDP_PAIRED_PASSES
+  if constexpr (std::is_same<T, PairedBFloat16>::value) {
+    if (activation == kGelu) return body([](auto x) { return bf16_gelu(x); });
+    if (activation == kKelu) return body([](auto x) { return bf16_kelu(x); });
+  }
+#endif
   switch (activation) {
     case kKelu: return body([](auto x) { return activated(x, kKelu); });
     case kGelu: return body([](auto x) { return activated(x, kGelu); });
@@ -120,7 +129,7 @@ template <class T, class R>
 void forward(const EpilogueCase& c, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const A* scale = static_cast<const A*>(c.scale);
-  with_activation(c.activation, [&](auto act) {
+  with_activation<T>(c.activation, [&](auto act) {
     Staged<T> staged_z;
     Staged<R> staged_residual, staged_y;
     for (int64_t row = begin; row < end; ++row) {
@@ -152,7 +161,7 @@ void backward(const EpilogueCase& c, int64_t begin, int64_t end, int64_t block) 
   const A* scale = static_cast<const A*>(c.scale);
   A* dbias = static_cast<A*>(c.dbias) + block * c.pitch;
   A* dscale = c.dscale == nullptr ? nullptr : static_cast<A*>(c.dscale) + block * c.pitch;
-  with_activation(c.activation, [&](auto act) {
+  with_activation<T>(c.activation, [&](auto act) {
     Staged<T> staged_z, staged_dz, staged_activated;
     Staged<R> staged_grad;
     for (int64_t row = begin; row < end; ++row) {

@@ -33,6 +33,32 @@ def test_value_and_slope_are_rounded_once(backend, activation, dtype):
         assert (error <= allowed).all(), f"{name} at {x[worst].item()}: {got[worst].item()}, not {right[worst].item()}"
 
 
+def in_units(x: torch.Tensor) -> torch.Tensor:
+    """Position among the 16-bit numbers; +0 and −0 share one."""
+    bits = x.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "kelu"])
+@pytest.mark.parametrize("backend", WITH_KERNELS)
+def test_one_unit_on_every_16_bit_number(backend, activation, dtype):
+    """Up to 5 in size, where neither x nor the result is subnormal, but at −3.5, where fp64 misses KeLü's 0."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[(x.abs() <= 5) & (x.abs() >= 4 * torch.finfo(dtype).tiny) & (x != -3.5)][:, None]
+    exact_x = x.double().requires_grad_()
+    exact = plain.ACTIVATIONS[activation](exact_x)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
+    leaf = x.clone().requires_grad_()
+    y = sk.linear(leaf, torch.ones(1, 1, dtype=dtype), activation=activation, backend=backend)
+    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    for name, got, right in (("value", y.detach(), exact.detach()), ("slope", slope, exact_slope)):
+        off = (in_units(got) - in_units(right.to(dtype))).abs()
+        off[right.abs() < torch.finfo(dtype).tiny] = 0
+        assert off.max() <= 1, f"{name}: {off.max()} units at {x[off.argmax()].item()}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", WITH_KERNELS)
 def test_tails_keep_their_digits(backend, dtype):

@@ -1,4 +1,8 @@
-"""``nn.Module`` faces of the operators, for use in one's own model. Each takes ``backend``: None chooses."""
+"""``nn.Module`` faces of the operators, for use in one's own model. Each takes ``backend``: None chooses.
+
+Kernels and matrices start from a truncated normal of std 0.02, biases at 0, norms at 1 and 0. Wrong options raise
+TypeError or ValueError that name the option, when the module is made.
+"""
 
 from collections.abc import Callable
 
@@ -49,6 +53,7 @@ class LayerNorm2d(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-6, registers: int = 0, backend: str | None = None):
         super().__init__()
         _check_positive("channels", channels)
+        check_eps(eps)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps, self.registers, self.backend = eps, registers, backend
@@ -78,12 +83,38 @@ class DepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, registers: int = 0) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, grid=grid, registers=registers, backend=self.backend)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}, bias={self.bias is not None}"
+
 
 class _Block(nn.Module):
     """A module around an operator on image tokens: parameters by the names of its weights, and the call."""
 
     operator: Callable[..., Tensor]
     kind: type[ConvMLPWeights] | type[ConvNeXtWeights]
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        activation: str,
+        layer_scale: float | None,
+        drop_path: float,
+        eps: float,
+        layer: int,
+        backend: str | None,
+    ):
+        super().__init__()
+        _check_positive("dim", dim)
+        _check_kernel_size(kernel_size)
+        check_activation(activation)
+        if isinstance(layer_scale, bool) or not isinstance(layer_scale, (int, float, type(None))):
+            raise TypeError(f"layer_scale must be a number or None, got {type(layer_scale).__name__}")
+        check_rate("drop_path", drop_path)
+        check_eps(eps)
+        check_layer(layer)
+        self.activation, self.drop_path, self.eps = activation, drop_path, eps
+        self.layer, self.backend = layer, backend
 
     def weights(self) -> ConvMLPWeights | ConvNeXtWeights:
         """The parameters in the operator's order."""
@@ -104,6 +135,11 @@ class _Block(nn.Module):
             layer=self.layer,
             backend=self.backend,
         )
+
+    def extra_repr(self) -> str:
+        dim, _, kernel_size, _ = self.depthwise_weight.shape
+        hidden, activation = self.expand_weight.shape[0], self.activation
+        return f"{dim}, kernel_size={kernel_size}, {hidden=}, {activation=}, drop_path={self.drop_path}"
 
 
 class ConvMLP(_Block):
@@ -131,17 +167,14 @@ class ConvMLP(_Block):
         layer: int = 0,
         backend: str | None = None,
     ):
-        super().__init__()
-        _check_positive("dim", dim)
-        _check_kernel_size(kernel_size)
-        check_activation(activation)
+        super().__init__(dim, kernel_size, activation, layer_scale, drop_path, eps, layer, backend)
         hidden = round(mlp_ratio * dim)
         _check_positive("round(mlp_ratio · dim)", hidden)
 
         def vector(size: int, value: float, wanted: bool = True) -> nn.Parameter | None:
             return nn.Parameter(torch.full((size,), value)) if wanted else None
 
-        scaled, scale = layer_scale is not None, layer_scale or 0.0
+        scaled, scale = layer_scale is not None, float(layer_scale or 0)
         self.norm1_weight, self.norm1_bias = vector(dim, 1.0), vector(dim, 0.0)
         self.depthwise_weight = _parameter(dim, 1, kernel_size, kernel_size)
         self.depthwise_bias = vector(dim, 0.0, bias)
@@ -151,8 +184,6 @@ class ConvMLP(_Block):
         self.expand_weight, self.expand_bias = _parameter(hidden, dim), vector(hidden, 0.0, bias)
         self.project_weight, self.project_bias = _parameter(dim, hidden), vector(dim, 0.0, bias)
         self.layer_scale2 = vector(dim, scale, scaled)
-        self.activation, self.drop_path, self.eps = activation, drop_path, eps
-        self.layer, self.backend = layer, backend
 
 
 class ConvNeXtBlock(_Block):
@@ -179,10 +210,7 @@ class ConvNeXtBlock(_Block):
         layer: int = 0,
         backend: str | None = None,
     ):
-        super().__init__()
-        _check_positive("dim", dim)
-        _check_kernel_size(kernel_size)
-        check_activation(activation)
+        super().__init__(dim, kernel_size, activation, layer_scale, drop_path, eps, layer, backend)
         hidden = int(mlp_ratio * dim)
         _check_positive("int(mlp_ratio · dim)", hidden)
         self.depthwise_weight = _parameter(dim, 1, kernel_size, kernel_size)
@@ -191,8 +219,6 @@ class ConvNeXtBlock(_Block):
         self.expand_weight, self.expand_bias = _parameter(hidden, dim), nn.Parameter(torch.zeros(hidden))
         self.project_weight, self.project_bias = _parameter(dim, hidden), nn.Parameter(torch.zeros(dim))
         self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
-        self.activation, self.drop_path, self.eps = activation, drop_path, eps
-        self.layer, self.backend = layer, backend
 
 
 class RegisterAttention(nn.Module):

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -123,11 +124,13 @@ struct Copy {  // started by cp.async, not there yet; from nowhere: zeros
   const void* from;
   int bytes, group;
 };
+struct Products;  // started by wgmma, not there yet (simt_wgmma.h)
 struct Fiber {
   Context context;
   bool done = false, waiting = false;
   std::vector<Copy> copies;
   int groups = 0;  // of copies, ended so far
+  std::shared_ptr<Products> products;
 };
 struct alignas(16) Exchange {  // what a lane shows in a warp-wide matrix instruction
   unsigned char bytes[48];
@@ -147,6 +150,9 @@ struct Block {
   Context scheduler;
   std::function<void()> body;
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<unsigned char> async_view;  // shared memory as products see it: as of the last fence between the two
+  std::function<void()> at_exit;          // what each thread is asked when it leaves
   unsigned current = 0;
 };
 inline Block* block = nullptr;
@@ -206,6 +212,7 @@ inline bool any(int line, unsigned mask, bool value) {
 inline void entry() {
   block->body();
   if (!block->fibers[block->current].copies.empty()) fail("a thread leaves with copies on their way");
+  if (block->at_exit) block->at_exit();
   block->fibers[block->current].done = true;
   if (block->all.arrived > 0 || block->warps[block->current / kLanes].arrived > 0)
     fail("barrier divergence: a thread leaves while others wait");
@@ -235,6 +242,7 @@ inline void run_block(unsigned threads, size_t shared, const std::function<void(
   SIMT_UNPOISON(b.stacks.data(), b.stacks.size());
   b.shared = static_cast<unsigned char*>(std::malloc(shared + (shared == 0)));  // ends exactly there
   std::memset(b.shared, 0xff, shared);
+  b.shared_bytes = shared, b.async_view.clear(), b.at_exit = nullptr;
   for (unsigned i = 0; i < threads; ++i) prepare(b.fibers[i].context, b.stacks.data() + i * kStack, &entry);
 
   std::mt19937 random(settings.order + blockIdx.x * 7919);

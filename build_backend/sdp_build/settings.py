@@ -66,12 +66,17 @@ def parse_arch_list(text: str) -> tuple[str, ...] | None:
 
 
 def gencode_flags(arch_list: tuple[str, ...]) -> list[str]:
-    """nvcc's flags for an arch list: machine code for every entry, and PTX besides for those ending in +PTX."""
+    """nvcc's flags for an arch list: machine code for every entry, and PTX besides for those ending in +PTX.
+
+    Machine code for 9.0 is that of 9.0a: every GPU of compute capability 9.0 runs it, none of a later one runs either,
+    and it alone may multiply with warpgroups (wgmma). PTX for later GPUs stays that of 9.0.
+    """
     flags = []
     for entry in arch_list:
         major, minor, suffix, ptx = ARCH_PATTERN.fullmatch(entry).groups()
         number = f"{major}{minor}{suffix}"
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        code = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

@@ -17,10 +17,11 @@ from trees import EXPORT, REPOSITORY, library, need_a_compiler
 from sdp_build import toolchain, torch_headers
 from sdp_build.execute import execute
 from sdp_build.plan import TARGET, plan_extension
+from sdp_build.settings import Settings
 from sdp_build.toolchain import Missing
 from sdp_build.torch_headers import MIN_TORCH, TorchHeaders
 
-QUICK = {"-O3": ["-O0"], "-gencode=arch=compute_90,code=sm_90": ["-G"]}
+QUICK = {"-O3": ["-O0"], "-gencode=arch=compute_90a,code=sm_90a": ["-G"]}
 """What compiles is the same without optimisation; of kernels unoptimised PTX is made, and no machine code."""
 NEWER_MACRO = """
 #include <torch/csrc/stable/tensor.h>
@@ -71,7 +72,7 @@ def build(name: str, headers: TorchHeaders, work: Path) -> Path:
         dataclasses.replace(plan, steps=tuple(steps)),
         work,
         ninja=toolchain.find_ninja(os.environ),
-        jobs=max(1, len(os.sched_getaffinity(0)) // workers),
+        jobs=max(1, Settings.from_env({}).jobs // workers),
     )
     return plan.output
 

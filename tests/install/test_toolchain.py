@@ -58,6 +58,16 @@ def test_arch_list_becomes_gencode_flags():
     ]
 
 
+def test_hopper_gets_its_own_instructions_and_later_gpus_get_ptx_without_them():
+    """Kernels of warpgroup products are empty in code for sm_90; PTX for sm_90a would run on no later GPU."""
+    own = "-gencode=arch=compute_90a,code=sm_90a"
+    assert gencode_flags(("9.0",)) == gencode_flags(("9.0a",)) == gencode_flags(toolchain.DEFAULT_ARCH_LIST) == [own]
+    assert gencode_flags(("9.0+PTX",)) == [own, "-gencode=arch=compute_90,code=compute_90"]
+    assert gencode_flags(("8.0", "8.9", "10.0")) == [
+        f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "89", "100")
+    ]
+
+
 # Tools
 
 

@@ -30,7 +30,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    found = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+    if "CPU part" in found and "model name" not in found:  # ARM tells numbers only
+        return f"ARM, implementer {found.get('CPU implementer', '?')}, part {found['CPU part']}"
+    return found.get("model name") or "unknown"
 
 
 def build_report() -> dict[str, dict]:
@@ -85,10 +88,13 @@ def _library_lines() -> list[str]:
         from . import _C
 
         names = ("baseline", "AVX2", "AVX-512")
-        lines.append(
-            f"  SIMD     {names[_C.cpu_level]} in use, {names[_C.cpu_level_detected]} detected "
-            "(lower it with SDP_KERNELS_CPU_LEVEL=0, 1 or 2)"
-        )
+        if LIBRARIES["cpu"].build_info["arch_list"] == ["baseline"]:  # not x86-64
+            lines.append("  SIMD     the baseline, this kind of processor has no other (on ARM it is NEON)")
+        else:
+            lines.append(
+                f"  SIMD     {names[_C.cpu_level]} in use, {names[_C.cpu_level_detected]} detected "
+                "(lower it with SDP_KERNELS_CPU_LEVEL=0, 1 or 2)"
+            )
     return lines
 
 

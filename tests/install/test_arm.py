@@ -1,4 +1,4 @@
-"""The CPU library's sources compile for ARM, as GCC's cross compiler sees it (Debian: apt install g++-aarch64-linux-gnu).
+"""The CPU library's sources compile for ARM with GCC's cross compiler (Debian: apt install g++-aarch64-linux-gnu).
 
 What it makes can't run here. What has run on ARM, emulated, stands in CONTRIBUTING.md.
 """

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from trees import EXPORT, NO_TOOL, build, library, load, text_of
 
-from sdp_build import toolchain
+from sdp_build import backend, toolchain
 from sdp_build.execute import first_error
 from sdp_build.extensions import DemandedBuildError, schema_hash, summary
 from sdp_build.plan import plan_extension
@@ -145,6 +146,16 @@ def test_a_failed_compile_is_a_reason_and_when_demanded_an_error(tree):
     with pytest.raises(DemandedBuildError, match="SDP_BUILD_CPU=1"):
         build(tree, SDP_BUILD_CPU="1")
     assert not json.loads((tree / "sdp_kernels/_build_report.json").read_text())["_C"]["built"]
+
+
+def test_on_another_system_nothing_is_built_or_asked_for_and_it_is_said(tree, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    report = build(tree)
+    assert {name: entry["built"] for name, entry in report.items()} == {"_C": False, "_C_cuda": False}
+    assert "Linux only, this is darwin" in report["_C"]["reason"] and report["_C"]["reason"] in summary(report)
+    assert backend.torch_requirement({}, tree) == []
+    with pytest.raises(DemandedBuildError, match="Linux only"):
+        build(tree, SDP_BUILD_CPU="1")
 
 
 def test_switching_off_removes_the_library_and_says_so(tree):

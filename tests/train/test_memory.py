@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_freed_memory_is_not_fetched_again():
     told, faults = faults_of(ALLOCATION)
     if not told:
         pytest.skip("the C library cannot be told")  # not glibc: there is nothing to test
-    assert faults < 64 * 2**20 / 4096 / 10
+    assert faults < 64 * 2**20 / mmap.PAGESIZE / 10
 
 
 def test_training_steps_fetch_next_to_no_memory(tiny_words, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdpnet import checkpoint
 from sdpnet.config import ConfigError
-from sdpnet.settings import Resolved, dump, read_file, read_overrides, read_preset, resolve
+from sdpnet.settings import Resolved, dump, preset_names, read_file, read_overrides, read_preset, resolve
 
 # Other kernels, another device or number of threads: the same samples and masks, though not the same last bits.
 RESUME_MAY_CHANGE = (
@@ -30,7 +30,10 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.
         prog="python -m sdpnet.train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "words", nargs="*", metavar="PRESET | section.key=value", help="a preset's name (default: digits); settings"
+        "words",
+        nargs="*",
+        metavar="PRESET | section.key=value",
+        help=f"a preset ({', '.join(preset_names())}; default: digits), and settings over it",
     )
     parser.add_argument("-c", "--config", type=Path, help="YAML file over the preset")
     parser.add_argument(

@@ -2,13 +2,15 @@
 
     python -m sdpnet.train [PRESET] [--fused] [-c FILE] [section.key=value …] [--out DIR] [--resume [RUN]]
 
-Without arguments the preset `digits`: a small SdP-Net on the handwritten digits in the package. The last line printed
-is `done in <time>: run=<run folder> top1=<percent>%`. Exit codes: 0 done, 2 wrong use, 1 the run failed, 130 or 143
+Without arguments the preset `digits`: a small SdP-Net on the handwritten digits in the package. The preset `images` is
+for pictures in data.path/{train,val}/<class>/. A run is one process on one device. The last line printed is
+`done in <time>: run=<run folder> top1=<percent>%`. Exit codes: 0 done, 2 wrong use, 1 the run failed, 130 or 143
 stopped by Ctrl-C or SIGTERM with everything saved; --resume goes on from there, bit for bit as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -271,6 +273,8 @@ def stop_signals() -> Iterator[list[int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments, __doc__)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under torchrun each process would train a whole run of its own
+            raise ConfigError("a run is one process on one device; start it without torchrun")
         resolved, source = settings(options)
         config = resolved.config
         if options.print_config:

@@ -77,6 +77,7 @@ def test_print_config_shows_origins_and_trains_nothing(tmp_path, monkeypatch, ca
     [
         (["digits", "digits"], "wanted one preset"),
         (["digis"], "did you mean 'digits'"),
+        (["images"], "data.path: data.source=folder needs the folder that holds train/ and val/"),
         (["optim.lrr=1"], "did you mean 'optim.lr'"),
         (["--resume"], "which run"),
         (["--resume", "nowhere"], "nowhere"),
@@ -151,13 +152,13 @@ def test_images_from_folders_train_too(tmp_path, tiny_words, capsys):
                 pixels = np.random.default_rng(i).integers(0, 128, (40, 50, 3), dtype=np.uint8) + np.uint8(100 * label)
                 image_module.fromarray(pixels).save(folder / f"{i}.png")
     words = [
+        "images",
         *tiny_words,
-        "data.source=folder",
         f"data.path={tmp_path / 'data'}",
         "data.image_size=16",
         "data.batch_size=5",
     ]
-    assert train.main([*words, "augment.flip=true", "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*words, "--out", str(tmp_path / "run")]) == 0
     assert "12 to train on, 6 held out" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "6 samples" in capsys.readouterr().out
@@ -174,6 +175,12 @@ def test_images_from_folders_train_too(tmp_path, tiny_words, capsys):
     (tmp_path / "data" / "val" / "class2").mkdir()
     assert train.main([*words, "--out", str(tmp_path / "third")]) == 2
     assert "different classes: class2" in capsys.readouterr().err and not (tmp_path / "third").exists()
+
+
+def test_several_processes_are_refused_instead_of_training_the_same_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert "without torchrun" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_run_without_a_checkpoint_is_neither_resumed_nor_overwritten(tmp_path, tiny_words, capsys):

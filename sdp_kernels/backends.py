@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._device import type_of_device
+from ._device import multiplied_slowly, type_of_device
 
 log = logging.getLogger("sdp_kernels")
 
@@ -70,11 +70,13 @@ class Backend:
 
 
 def _cpu_prefers(kernel: str, x: Tensor, weight: Tensor) -> bool:
-    """Backward through an activation is one pass behind the GEMM instead of two. The other GEMMs are for the processors
-    that they were written for; bfloat16 is multiplied in pairs, so they sum an even number of products."""
+    """Backward through an activation is one pass behind the GEMM instead of two, PyTorch's if it has one. The other
+    GEMMs are for the processors that they were written for; bfloat16 is multiplied in pairs, so they sum an even number
+    of products."""
+    ours = x.dtype in BACKENDS["cpu"].multiplies
     if kernel == "linear_gemm_bwd":
-        return True
-    if x.dtype not in BACKENDS["cpu"].multiplies:
+        return ours or not multiplied_slowly(x.dtype)
+    if not ours:
         return False
     summed = {"linear_gemm_fwd": weight.shape[1], "linear_gemm_dgrad": weight.shape[0]}.get(kernel, 0)
     return x.dtype != torch.bfloat16 or summed % 2 == 0
@@ -163,10 +165,15 @@ def choose(operator: str, x: Tensor, backend: str | None = None, limits: dict[st
 
 
 def _report_fallback(operator: str, device_type: str, dtype: torch.dtype) -> None:
-    """One line per operator, once a process; meta tensors run no kernel, and a traced call must not log."""
+    """One line per operator, once a process; meta tensors run no kernel, and a traced call must not log.
+
+    The first is a warning, which is seen without any logging set up: nobody wants to find out by the clock.
+    """
     if torch.compiler.is_compiling() or operator in _reported or device_type == "meta":
         return
+    level = logging.INFO if _reported else logging.WARNING
     _reported.add(operator)
     reasons = every_reason(operator, device_type, dtype)
     told = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items() if why)
-    log.info("%s runs on the reference backend (%s)", operator, told)
+    where = "python -m sdp_kernels.info shows every operator"
+    log.log(level, "sdp_kernels: %s runs on the reference backend (%s); %s", operator, told, where)

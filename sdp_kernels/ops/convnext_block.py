@@ -12,8 +12,9 @@ from ..reference.philox import drop_path_mask
 from ..reference.precision import autocast_dtype, cast
 from ._block import Forms, cast_parts, check_kind, check_parts, dtypes_of, gradients_of, on_tokens
 from ._contract import define, launch, refuse_double_backward
+from ._products import dgrad, wgrad
 from .depthwise_conv2d import check_kernel
-from .linear import Branch, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
+from .linear import Branch, branch_fwd, hidden_bwd, hidden_fwd
 
 SCHEMAS = {}
 

@@ -13,8 +13,9 @@ from ..reference.precision import autocast_dtype, cast
 from ._block import Forms, cast_parts, check_kind, check_parts, chosen_form, dtypes_of, gradients_of
 from ._checks import check_eps, check_layer, check_rate, check_rng, check_tensor
 from ._contract import define, launch, refuse_double_backward
+from ._products import dgrad, wgrad
 from .activation import check_activation
-from .linear import Branch, branch_bwd, branch_fwd, dgrad, hidden_bwd, hidden_fwd, wgrad
+from .linear import Branch, branch_bwd, branch_fwd, hidden_bwd, hidden_fwd
 
 SCHEMAS = {}
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from .._device import type_of_device
-from ..backends import BACKENDS, choose
+from ..backends import choose
 from ..composed import linear as composed
 from ..reference.philox import drop_path_mask
 from ..reference.precision import accumulate_dtype, autocast_dtype, cast
@@ -32,6 +31,7 @@ from ._contract import (
     other_than,
     refuse_double_backward,
 )
+from ._products import dgrad, prefers, product, sums_leave_unrounded, through_fp32, wgrad
 from .activation import check_activation
 
 SCHEMAS = {
@@ -121,41 +121,13 @@ class Branch(NamedTuple):
     """What autocast casts the weights to; their gradients then leave in the type of their sums, never rounded to it."""
 
 
-def _prefers(backend: str, kernel: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether the backend has this optional kernel and takes it for such tensors; else the vendor's GEMM and a pass."""
-    prefers = BACKENDS[backend].prefers
-    return prefers is not None and prefers(kernel, x, weight)
-
-
-def dgrad(d: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """d W of d (B, T, out) and weight (out, in)."""
-    if _prefers(backend, "linear_gemm_dgrad", d, weight):
-        return launch(backend, "linear_gemm_dgrad", d, weight)
-    return d @ weight
-
-
-def _sums_leave_unrounded(x: Tensor) -> bool:
-    """Whether the vendor's GEMM of 16-bit matrices can write fp32: cuBLAS can, PyTorch's on the CPU cannot."""
-    return type_of_device(x) == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def wgrad(d: Tensor, x: Tensor, weight: Tensor, backend: str, wide: bool) -> Tensor:
-    """dᵀ x over all rows of d (B, T, out) and x (B, T, in), in their dtype or, if ``wide``, in the type of its sums."""
-    if _prefers(backend, "linear_gemm_wgrad", x, weight):
-        return launch(backend, "linear_gemm_wgrad", d, x, wide)
-    columns, rows, dtype = d.flatten(0, 1).t(), x.reshape(-1, x.shape[-1]), accumulate_dtype(d.dtype)
-    if wide and _sums_leave_unrounded(d):
-        return torch.mm(columns, rows, out_dtype=dtype)
-    return cast(columns @ rows, dtype if wide else d.dtype)
-
-
 def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
     """(y, z): z = x Wᵀ + bias, and y = residual + mask · γ · dropout(act(z)). x (B, T, in). Without an activation
     nobody wants z, and it may be empty."""
     masks = (path_mask, residual, b.registers, b.dropout, rng, b.layer)
-    if _prefers(b.backend, "linear_gemm_fwd", x, weight):
+    if prefers(b.backend, "linear_gemm_fwd", x, weight):
         return launch(b.backend, "linear_gemm_fwd", x, weight, bias, b.activation, layer_scale, *masks, b.keep)
-    z = F.linear(x, weight, bias)
+    z = product(x, weight, bias, b.backend)
     if not b.epilogue:
         return z, z
     return launch(b.backend, "linear_epilogue_fwd", z, b.activation, layer_scale, *masks), z
@@ -193,7 +165,7 @@ def hidden_bwd(
     """(dz, Σ dz, dweight, dbias, dlayer_scale) of y = mask · γ · (act(z) Wᵀ + bias) from y's gradient: backward through
     a linear layer and the activation before it (b's), whose result is computed again. wants_dw as there."""
     masks = (path_mask, b.registers, 0.0, None, 0)
-    if _prefers(b.backend, "linear_gemm_bwd", z, weight):
+    if prefers(b.backend, "linear_gemm_bwd", z, weight):
         d, total = _masked(grad, z, masks, b, bias is not None or layer_scale is not None)
         scaled = _scaled(weight, layer_scale)
         dz, h, dbefore = launch(b.backend, "linear_gemm_bwd", d, scaled, z, b.activation, b.registers)
@@ -350,8 +322,9 @@ def linear(
         x = cast(x, autocast_dtype(x) or x.dtype)
         adds = layer_scale is not None or residual is not None or registers > 0
         epilogue = activation != "none" or adds or dropout > 0 or drop_path > 0
-        exacter = weight.dtype != x.dtype and _sums_leave_unrounded(x)
-        if not (epilogue or exacter or _prefers(chosen, "linear_gemm_fwd", x, weight)):
+        ours = prefers(chosen, "linear_gemm_fwd", x, weight) or through_fp32(x)
+        exacter = weight.dtype != x.dtype and sums_leave_unrounded(x)
+        if not (epilogue or ours or exacter):
             chosen = "composed"
     if chosen not in ("composed", "reference"):
         path_mask = drop_path_mask(rng, drop_path, layer, x.shape[0]) if drop_path else None

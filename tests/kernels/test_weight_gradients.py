@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdp_kernels as sk
 from sdp_kernels.backends import BACKENDS
-from sdp_kernels.ops.linear import wgrad
+from sdp_kernels.ops._products import wgrad
 
 LOW = torch.bfloat16
 MULTIPLIES = LOW in BACKENDS["cpu"].multiplies

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import sdp_kernels
+from sdp_kernels.backends import choose
 from sdpnet import checkpoint
 from sdpnet.augment import augment, normalize
 from sdpnet.checkpoint import CheckpointError, Progress
@@ -319,10 +320,11 @@ def introduce(trainer: Trainer, source: Path | None) -> None:
     """Three lines on what is about to be trained, on what, and where it goes."""
     config, batch = trainer.config, trainer.config.data.batch_size
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    kernels = "fused" if config.run.fused else "unfused"
+    weight = next(trainer.model.parameters())
+    kernels = f"fused kernels ({choose('layer_norm_2d', weight)})" if config.run.fused else "unfused kernels"
     rule = "as set" if config.optim.lr else f"= {config.optim.base_lr:g} · {batch}/512"
     print(
-        f"{config.model.name}: {parameters:,} parameters, {kernels} kernels, {config.run.precision} on "
+        f"{config.model.name}: {parameters:,} parameters, {kernels}, {config.run.precision} on "
         f"{trainer.device}, {torch.get_num_threads()} CPU threads"
     )
     print(

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+from sdp_kernels import use_backend
 from sdpnet import evaluate, train
 from sdpnet.settings import read_preset, resolve
 
@@ -112,6 +113,14 @@ def test_resume_of_something_else_is_refused(finished, words, message, capsys):
     assert train.main(["--resume", str(finished), *words]) == 2
     assert message in capsys.readouterr().err
     assert snapshot(finished) == before
+
+
+def test_the_first_line_names_the_kernels_that_run(finished, capsys):
+    assert train.main(["--resume", str(finished)]) == 0
+    assert "fused kernels (cpu)" in capsys.readouterr().out
+    with use_backend("reference"):  # as where no library was built
+        assert train.main(["--resume", str(finished)]) == 0
+    assert "fused kernels (reference)" in capsys.readouterr().out
 
 
 def test_kernels_may_change_on_resume_and_a_setting_may_follow_it(finished, capsys):

@@ -20,7 +20,8 @@ extern const ProductTables product_tables = {};
 namespace sdp {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 96;  // of a product, which the pass behind it finds in the cache
+constexpr int64_t kRowsAtOnce = 96;      // of a product, which the pass behind it finds in the cache
+constexpr int64_t kWideRowsAtOnce = 64;  // of one that comes to its pass in fp32
 
 bool multiplies(int dtype) {
   return (dtype == kBFloat16 && multiplies_bf16()) || (dtype == kFloat32 && multiplies_fp32());
@@ -161,17 +162,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_gemm_bwd(const Tensor& d, const Tensor
   const ProductTable& kernels = products_for(a, b);
   const auto kernel = SDP_ACTIVE_TABLE(epilogue_table).backward[pair_of(dtype_index(z), kFloat32)];
   parallel(sums.blocks, sums.per_block * a.columns * c.columns, [&](int64_t begin, int64_t end) {
-    const Scratch passing(std::min(sums.per_block, kRowsAtOnce) * c.columns * int64_t(sizeof(float)));
-    for (int64_t block = begin; block < end; ++block)
-      for (int64_t row = block * sums.per_block, end_of_block = std::min(sums.rows, row + sums.per_block); row < end_of_block;
-           row += kRowsAtOnce) {
-        const int64_t next = std::min(end_of_block, row + kRowsAtOnce);
-        const ProductOut to{nullptr, nullptr, static_cast<float*>(passing.get()), false, c.columns};
-        kernels.rows(a.from(row), *b, to, next - row);
-        EpilogueCase here = c;
-        here.grad = around(passing.get(), row, c.tokens, c.columns, sizeof(float));
-        kernel(here, row, next, block);
+    const int64_t start = begin * sums.per_block, last = std::min(sums.rows, end * sums.per_block);
+    const Scratch passing(std::min(last - start, kWideRowsAtOnce) * c.columns * int64_t(sizeof(float)));
+    for (int64_t row = start, next; row < last; row = next) {
+      next = std::min(last, row + kWideRowsAtOnce);
+      const ProductOut to{nullptr, nullptr, static_cast<float*>(passing.get()), false, c.columns};
+      kernels.rows(a.from(row), *b, to, next - row);
+      EpilogueCase here = c;
+      here.grad = around(passing.get(), row, c.tokens, c.columns, sizeof(float));
+      for (int64_t first = row, stop; first < next; first = stop) {
+        const int64_t block = first / sums.per_block;
+        stop = std::min(next, (block + 1) * sums.per_block);
+        kernel(here, first, stop, block);
       }
+    }
   });
   return {dz, h, sums.added(c, z).second};
 }

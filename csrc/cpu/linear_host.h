@@ -74,7 +74,7 @@ class BlockSums {
   BlockSums(EpilogueCase& c, const Tensor& z, bool wants_dscale)
       : rows(z.size(0) * c.tokens), wants_dscale_(wants_dscale) {
     constexpr int64_t kBlocks = 64;
-    per_block = std::max<int64_t>(32, ((rows + kBlocks - 1) / kBlocks + 7) / 8 * 8);
+    per_block = std::max<int64_t>(32, (rows + kBlocks - 1) / kBlocks);
     blocks = (rows + per_block - 1) / per_block;
     c.pitch = (c.columns + kWidestVector - 1) / kWidestVector * kWidestVector;
     const int64_t partial = blocks * c.pitch * accumulator_bytes(dtype_index(z));

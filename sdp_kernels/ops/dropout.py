@@ -25,7 +25,10 @@ def make_rng(seed: int, step: int = 0, first_sample: int = 0, device: torch.devi
     for name, value in (("step", step), ("first_sample", first_sample)):
         if not 0 <= value < 2**32:
             raise ValueError(f"{name} must be in [0, 2**32), got {value}")
-    return torch.tensor([seed, step, first_sample], dtype=torch.int64, device=device)
+    rng = torch.empty(3, dtype=torch.int64, device=device)
+    for place, value in zip(rng, (seed, step, first_sample)):
+        place.fill_(value)  # by a kernel: a copy from the host waits for all that a GPU still has to do
+    return rng
 
 
 def dropout(x: Tensor, p: float, *, rng: Tensor | None = None, layer: int = 0) -> Tensor:

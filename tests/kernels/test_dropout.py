@@ -6,6 +6,8 @@ import pytest
 import torch
 from _layouts import layouts, normal
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdp_kernels as sk
 from sdp_kernels.reference import philox
@@ -156,3 +158,20 @@ def test_make_rng():
     rng = sk.make_rng(-5, 6, 7)
     assert rng.tolist() == [-5, 6, 7] and rng.dtype == torch.int64 and rng.device.type == "cpu"
     assert sk.make_rng(1, device="meta").device.type == "meta"
+
+
+def test_making_one_does_not_wait_for_a_gpu():
+    """Its numbers travel as arguments of kernels; a copy from the host's memory would be behind all that is queued."""
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    with FakeTensorMode(), Called():
+        rng = sk.make_rng(-1, 2, 3, device="cuda")
+    assert rng.device.type == "cuda" and rng.shape == (3,)
+    assert names.count("aten::fill_.Scalar") == 3
+    assert not [name for name in names if "copy" in name or "lift" in name]
+    assert sk.make_rng(-(2**63), 2**32 - 1, 3).tolist() == [-(2**63), 2**32 - 1, 3]

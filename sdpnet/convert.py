@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from .models import SdPNet, SdPNetConfig
-from .models.files import check_destination, read_safetensors, save_model
+from .models.files import METADATA_KEY, check_destination, read_safetensors, save_model
 from .original import config_from_original, from_original
 
 __all__ = ["convert", "main", "read_checkpoint", "read_options"]
@@ -42,6 +42,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise FileNotFoundError(f"checkpoint {path} does not exist or is not a file")
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
+        if METADATA_KEY in metadata:
+            raise ValueError(f"{path} is a model of sdpnet already: sdpnet.load_model reads it as it is")
         options = _json(metadata["config"], f"{path}: metadata 'config'") if "config" in metadata else None
     else:
         state, options = _unpack(_torch_load(path), path)
@@ -63,7 +65,7 @@ def _torch_load(path: Path) -> Any:
             f"{path} holds objects beside tensors and plain values, which are not loaded from a file of unknown origin "
             f"(the original's trainer stores its options so); save its state dict alone and give --config: {error}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # over arbitrary bytes PyTorch's unpickler raises whatever comes up
         raise ValueError(f"{path} is not a whole PyTorch checkpoint: {error}") from None
 
 

@@ -65,15 +65,19 @@ def load_model(path: str | Path, *, fused: bool = False) -> SdPNet:
     """The model that :func:`save_model` wrote, on the CPU.
 
     :raises FileNotFoundError: no such file.
-    :raises ValueError: a broken file, one without options, or one whose weights don't fit its options.
+    :raises ValueError: a broken file, one without options or with unknown ones, or one whose weights don't fit them.
     """
     state, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds no {METADATA_KEY!r} in its metadata; it was written neither by save_model nor by the trainer"
         )
+    try:
+        config = SdPNetConfig.from_dict(json.loads(metadata[METADATA_KEY]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its options are none that this version knows: {error}") from None
     with torch.device("meta"):
-        model = SdPNet(SdPNetConfig.from_dict(json.loads(metadata[METADATA_KEY])), fused=fused)
+        model = SdPNet(config, fused=fused)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

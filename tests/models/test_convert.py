@@ -171,6 +171,9 @@ def damage(kind, tmp_path, original):
     if kind == "a word in a pickle":
         torch.save({"a": "b"}, path)
         return path
+    if kind == "text":
+        path.write_text("root:x:0:0:root:/root:/bin/bash\n")
+        return path
     if kind == "options that are no JSON":
         safetensors.torch.save_file(state, path, {"config": "{"})
         return path
@@ -181,7 +184,7 @@ def damage(kind, tmp_path, original):
 
 
 KINDS = ["absent", "empty", "cut", "options that are no JSON"]
-KINDS += ["a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle"]
+KINDS += ["text", "a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,6 +227,12 @@ def test_our_own_files(tmp_path, original):
     write(tmp_path / "b.safetensors", state, original[0])
     with pytest.raises(ValueError, match="metadata"):
         load_model(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="is a model of sdpnet already"):
+        convert.convert(tmp_path / "a.safetensors", tmp_path / "d.safetensors")
+    for options in ("{", "[]", '{"an option of tomorrow": 1}'):
+        safetensors.torch.save_file(state, tmp_path / "e.safetensors", {"sdpnet_config": options})
+        with pytest.raises(ValueError, match=r"e\.safetensors: its options"):
+            load_model(tmp_path / "e.safetensors")
     half = {k: v for k, v in model.state_dict().items() if "head" not in k}
     save_model(half, config, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=r"head\.first\.weight"):

@@ -100,6 +100,7 @@ MORE = {
         *(replace(TOKENS, variant=variant) for variant in ("expand-gelu", "residual-gelu")),
         *(replace(TOKENS, dtype=SINGLE, variant=variant) for variant in ("expand-kelu", "residual-kelu")),
         replace(TOKENS, shape=(8, 49, 768)),
+        replace(TOKENS, dtype=torch.float16, shape=(1, 261, 384)),  # for which most processors have no GEMM
         replace(TOKENS, shape=(2, 64, 64)),  # so small that the cost of a call shows
     ],
     "cuda": [replace(ON_GPU, shape=(256, 49, 1024), variant=variant) for variant in ("expand-gelu", "residual-gelu")],

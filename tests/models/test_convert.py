@@ -171,7 +171,7 @@ def damage(kind, tmp_path, original):
     if kind == "a word in a pickle":
         torch.save({"a": "b"}, path)
         return path
-    if kind == "text":
+    if kind == "a text for a pickle":
         path.write_text("root:x:0:0:root:/root:/bin/bash\n")
         return path
     if kind == "options that are no JSON":
@@ -184,7 +184,7 @@ def damage(kind, tmp_path, original):
 
 
 KINDS = ["absent", "empty", "cut", "options that are no JSON"]
-KINDS += ["text", "a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle"]
+KINDS += ["a text for a pickle", "a cut pickle", "code in a pickle", "a list in a pickle", "a word in a pickle"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

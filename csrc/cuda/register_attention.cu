@@ -1,4 +1,5 @@
 // Register attention on CUDA: tensors to cases, and the registration of the operator.
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -59,6 +60,24 @@ struct Prepared {
   }
 };
 
+// Whether the backward pass is to multiply with warpgroups where that serves: SDP_KERNELS_CUDA_ATTENTION, "wgmma" or
+// "mma", or the default says so; the GPU has them; and the code it was given is sm_90a's, not made from PTX for others.
+bool wgmma_wanted(const Tensor& t) {
+  const char* const set = std::getenv("SDP_KERNELS_CUDA_ATTENTION");
+  const std::string wanted = set == nullptr ? "" : set;
+  STD_TORCH_CHECK(wanted.empty() || wanted == "wgmma" || wanted == "mma",
+                  "SDP_KERNELS_CUDA_ATTENTION must be wgmma or mma, got ", wanted);
+  if (wanted.empty() ? !kAttentionWgmma : wanted != "wgmma") return false;
+  int major = 0, minor = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index()));
+  if (major != 9 || minor != 0) return false;
+  cudaFuncAttributes code{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(
+      &code, reinterpret_cast<const void*>(&register_attention_wgmma_bwd<__nv_bfloat16, 32>)));
+  return code.binaryVersion == 90 && code.ptxVersion == 90;
+}
+
 std::tuple<Tensor, Tensor> register_attention_fwd(const Tensor& qkv, const Parameter& q_weight, const Parameter& q_bias,
                                                   const Parameter& k_weight, const Parameter& k_bias, double eps,
                                                   double scale, int64_t registers, std::string attend, double dropout,
@@ -100,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> register_attention_bwd(
   c.dqkv = dqkv.mutable_data_ptr();
   dispatch_dtype(qkv, [&](auto zero) {
     using T = decltype(zero);
-    const AttentionPlan plan = attention_plan<T>(c, true, device_limits(qkv));
+    const AttentionPlan plan = attention_plan<T>(c, true, device_limits(qkv), wgmma_wanted(qkv));
     const Tensor partial = allocate(
         qkv, {c.q_norm.there || c.k_norm.there ? plan.geometry.blocks : int64_t(0), 2, c.d}, ScalarType::Float);
     c.partial = static_cast<float*>(partial.mutable_data_ptr());

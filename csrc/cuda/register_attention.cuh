@@ -7,6 +7,7 @@
 #pragma once
 #include "cuda/register_attention_backward.cuh"
 #include "cuda/register_attention_fma.cuh"
+#include "cuda/register_attention_wgmma.cuh"
 
 namespace sdp {
 
@@ -22,10 +23,43 @@ void with_channels(int d, const Body& body) {
 template <class T>
 constexpr bool kAttentionFma = sizeof(T) > 2;  // which has no tensor cores that we use
 
-// Depends on T, d and the device's shared memory; only the number of blocks depends on the batch.
-template <class T, bool Fma = kAttentionFma<T>>
-AttentionPlan attention_plan(const AttentionCase<Accumulator<T>>& c, bool backward, const DeviceLimits& device) {
+// Whether the backward pass multiplies with warpgroups by default, where that serves. Not yet measured, so it does not:
+// `python -m bench.gpu --part configurations` compares the two on a GPU.
+constexpr bool kAttentionWgmma = false;
+
+// Whether the backward pass has a kernel of warpgroup products for the case, given a device that has them: where two
+// blocks share a multiprocessor, one computing while the other loads. Dropout and limits are the other kernels'.
+template <class T>
+bool attention_wgmma_serves(const AttentionCase<float>& c, const DeviceLimits& device) {
+  if (kAttentionFma<T> || c.d > 96 || c.dropout || c.limited()) return false;
+  bool fits = false;
+  with_channels(c.d, [&](auto channels) {
+    const int64_t shared = attention_wgmma_shared<channels>(wgmma_rows(c.tokens), kGroupWarps);
+    fits = 2 * (shared + kReservedShared) <= device.multiprocessor_shared;
+  });
+  return fits;
+}
+template <class T>
+AttentionPlan attention_wgmma_plan(const AttentionCase<float>& c) {
   AttentionPlan plan{};
+  with_channels(c.d, [&](auto channels) {
+    plan.wgmma = true, plan.parts = 1;
+    plan.chunk = wgmma_rows(c.tokens);
+    plan.rounds = static_cast<int>(ceil_div(c.tokens, kGroupRows)) - wgmma_has_tail(c.tokens);
+    const int64_t shared = attention_wgmma_shared<channels>(plan.chunk, kGroupWarps);
+    plan.geometry = {2 * c.batch * c.heads, kGroupWarps * kWarp, shared};
+  });
+  return plan;
+}
+
+// Depends on T, d and the device's shared memory; only the number of blocks depends on the batch. wgmma: warpgroup
+// products are wanted where they serve, and the device has them.
+template <class T, bool Fma = kAttentionFma<T>>
+AttentionPlan attention_plan(const AttentionCase<Accumulator<T>>& c, bool backward, const DeviceLimits& device,
+                             bool wgmma = false) {
+  AttentionPlan plan{};
+  if constexpr (!Fma)
+    if (wgmma && backward && attention_wgmma_serves<T>(c, device)) return attention_wgmma_plan<T>(c);
   const int64_t heads = c.batch * c.heads, roles = backward ? 2 : 1;
   if constexpr (Fma) {
     plan.chunk = kFmaStep, plan.rounds = 1, plan.parts = static_cast<int>(ceil_div(c.tokens, kFmaStep));
@@ -73,6 +107,8 @@ void register_attention_backward(const AttentionCase<Accumulator<T>>& c, const A
     if constexpr (Fma) launch(&register_attention_fma_bwd<T>, plan.geometry, c, plan);
     else
       with_channels(c.d, [&](auto channels) {
+        if constexpr (channels <= 96)
+          if (plan.wgmma) return launch(&register_attention_wgmma_bwd<T, channels>, plan.geometry, c, plan);
         launch(&register_attention_mma_bwd<T, channels>, plan.geometry, c, plan);
       });
   }

@@ -77,10 +77,11 @@ void set_dropout(AttentionCase<A>& c, double rate, const int64_t* rng, int64_t l
 }
 
 // How a call is divided: rows in steps of `chunk` (all of them where they fit) are in shared memory at a time, and each
-// of `parts` blocks per head and role takes `rounds` rounds of the rows on the other side.
+// of `parts` blocks per head and role takes `rounds` rounds of the rows on the other side. wgmma: with warpgroups.
 struct AttentionPlan {
   int chunk, rounds, parts;
   LaunchGeometry geometry;
+  bool wgmma;
 };
 
 // The same number, of which the compiler knows nothing: what is computed from it is not computed early, and does not

@@ -8,8 +8,11 @@ kernel runs, with which geometry and occupancy. An operator brings ``cuda_<opera
 kernel that ships, and ``cuda_<operator>.py`` with
 
 - ``CASES``: name → function of the device's limits, which calls the operator's emulated launcher while nothing runs;
+- ``ONLY``: name of a case → the architecture on which alone it is launched (absent: every case on each);
 - ``WIDE``, ``WIDE_COUNT``: pattern of the kernels that move 16 bytes at a time, and how many of them there are;
-- ``TENSOR_CORES``, ``TENSOR_CORES_COUNT``: the same for kernels that multiply on tensor cores (absent: none).
+- ``TENSOR_CORES``, ``TENSOR_CORES_COUNT``: the same for kernels that multiply on tensor cores (absent: none);
+- ``WARPGROUPS``: kernels that multiply with warpgroups, in code for sm_90 alone, elsewhere they are empty and never
+  launched: name → how many products and waits for them their code has (absent: none).
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ ARCHITECTURES = {
     "sm_90": (233472, 232448),
     "sm_100": (233472, 232448),
 }
+MACHINE_CODE = {"sm_90": "sm_90a"}
+"""What is made for an architecture where that is not its plain form: as the build does."""
 TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "true": "yes", "false": "no"}
 
 
@@ -131,16 +136,19 @@ def _built_resources(made: Path) -> dict[str, dict[str, int]] | None:
 
 def _compile(source: Path, arch: str, work: Path) -> tuple[Path, str]:
     cubin = work / f"{arch}.cubin"
-    command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", f"-I{CSRC}", "-Xptxas=-v"]
+    command = [nvcc(), *NVCC_FLAGS, f"-arch={MACHINE_CODE.get(arch, arch)}", f"-I{CSRC}", "-Xptxas=-v"]
     done = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "warning" not in done.stderr.lower(), done.stderr[:6000]
+    # What ptxas has to say of warpgroup products (C7510 and on: it waits after each of them) is only "info" to it.
+    assert not re.search(r"\(C75\d\d\)|Performance Loss", done.stderr), done.stderr[:6000]
     return cubin, done.stderr
 
 
 def _made(operator: str, arch: str, work: Path) -> tuple[dict, dict]:
     """Mangled name → numbers of ptxas and of the SASS."""
-    ready = built(operator) if gencode_flags((BUILT_FOR,))[0].endswith(f"code={arch}") else None
+    same = gencode_flags((BUILT_FOR,))[0].endswith(f"code={MACHINE_CODE.get(arch, arch)}")
+    ready = built(operator) if same else None
     if ready and (numbers := _built_resources(ready)):
         return numbers, _instructions(ready)
     cubin, log = _compile(HERE / f"cuda_{operator}.cu", arch, work)
@@ -165,14 +173,19 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
 
 
 def _instructions(cubin: Path) -> dict[str, dict[str, int]]:
-    """Mangled name → 128-bit loads and stores of global memory and tensor-core multiplications in its SASS."""
+    """Mangled name → 128-bit loads and stores of global memory and tensor-core multiplications in its SASS; of those
+    how many are of warpgroups, with waits for them, if any are."""
     text = subprocess.run(
         [_triton_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
     parts = re.split(r"Function : (\S+)", text)[1:]
     wanted = {"loads_128": r"\bLDG\.E\S*\.128", "stores_128": r"\bSTG\.E\S*\.128", "mma": r"\b(?:HMMA|HGMMA)\."}
+    of_warpgroups = {"wgmma": r"\bHGMMA\.", "wgmma_waits": r"\bWARPGROUP\.DEPBAR\b"}
     return {
-        symbol: {name: len(re.findall(pattern, code)) for name, pattern in wanted.items()}
+        symbol: {
+            name: len(re.findall(pattern, code))
+            for name, pattern in (wanted | (of_warpgroups if "HGMMA." in code else {})).items()
+        }
         for symbol, code in zip(parts[::2], parts[1::2])
     }
 
@@ -234,9 +247,12 @@ def collect(operator: str) -> dict:
         for symbol, name in sorted(names.items(), key=lambda item: item[1])
     }
     launches = {}
-    for case, launched in resources.module(f"cuda/{operator}").CASES.items():
+    module = resources.module(f"cuda/{operator}")
+    for case, launched in module.CASES.items():
         launches[case] = {}
         for arch in ARCHITECTURES:
+            if arch != getattr(module, "ONLY", {}).get(case, arch):
+                continue
             lines = []
             for symbol, blocks, threads, shared in launched(limits_of(arch)):
                 resident = blocks_per_multiprocessor(arch, numbers[arch][symbol]["registers"], threads, shared)

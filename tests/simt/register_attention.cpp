@@ -1,7 +1,7 @@
 // Register attention's CUDA kernels for the emulator: does what csrc/cuda/register_attention.cu does around `launch`.
 #include "library.h"
 //
-#include "simt_mma.h"
+#include "simt_wgmma.h"
 //
 #include "cuda/register_attention.cuh"
 
@@ -24,13 +24,14 @@ sdp::AttentionCase<A> case_of(const int64_t* sizes, const double* numbers, const
 template <bool Fma>
 void forward(sdp::AttentionCase<A>& c, const sdp::DeviceLimits& limits, int64_t* told) {
   const sdp::AttentionPlan plan = sdp::attention_plan<T, Fma>(c, false, limits);
-  told[0] = plan.chunk, told[1] = plan.rounds, told[2] = plan.parts;
+  told[0] = plan.chunk, told[1] = plan.rounds, told[2] = plan.parts, told[3] = plan.wgmma;
   if (plan.geometry.blocks > 0) sdp::register_attention_forward<T, Fma>(c, plan, Launcher{});
 }
 template <bool Fma>
-void backward(sdp::AttentionCase<A>& c, const sdp::DeviceLimits& limits, const int64_t* outputs, int64_t* told) {
-  const sdp::AttentionPlan plan = sdp::attention_plan<T, Fma>(c, true, limits);
-  told[0] = plan.chunk, told[1] = plan.rounds, told[2] = plan.parts;
+void backward(sdp::AttentionCase<A>& c, const sdp::DeviceLimits& limits, bool wgmma, const int64_t* outputs,
+              int64_t* told) {
+  const sdp::AttentionPlan plan = sdp::attention_plan<T, Fma>(c, true, limits, wgmma);
+  told[0] = plan.chunk, told[1] = plan.rounds, told[2] = plan.parts, told[3] = plan.wgmma;
   const size_t bytes = simt::settings.dry ? 0 : plan.geometry.blocks * 2 * c.d * sizeof(A);
   c.partial = static_cast<A*>(std::malloc(bytes + (bytes == 0)));
   std::memset(c.partial, 0xff, bytes);
@@ -43,23 +44,24 @@ void backward(sdp::AttentionCase<A>& c, const sdp::DeviceLimits& limits, const i
 
 extern "C" {
 
-// numbers: eps, scale, dropout. fma: by multiply-adds, also what has tensor cores. told: chunk, rounds, parts.
+// numbers: eps, scale, dropout. form: 1 by multiply-adds, also what has tensor cores; 2 with warpgroups, where they serve.
+// told: chunk, rounds, parts, whether with warpgroups.
 void register_attention_fwd(const int64_t* sizes, const double* numbers, const int64_t* norms, const void* qkv, void* y,
-                            void* lse, const int64_t* rng, const int64_t* limits, int fma, int64_t* told) {
+                            void* lse, const int64_t* rng, const int64_t* limits, int form, int64_t* told) {
   auto c = case_of(sizes, numbers, norms, qkv, y, lse, rng);
   const sdp::DeviceLimits device{limits[0], limits[1], limits[2]};
-  if (fma || sdp::kAttentionFma<T>) forward<true>(c, device, told);
+  if (form == 1 || sdp::kAttentionFma<T>) forward<true>(c, device, told);
   else if constexpr (!sdp::kAttentionFma<T>) forward<false>(c, device, told);
 }
 
 // gradients: q weight, q bias, k weight, k bias, 0 where not wanted.
 void register_attention_bwd(const int64_t* sizes, const double* numbers, const int64_t* norms, const void* grad,
                             const void* qkv, const void* y, const void* lse, void* dqkv, const int64_t* gradients,
-                            const int64_t* rng, const int64_t* limits, int fma, int64_t* told) {
+                            const int64_t* rng, const int64_t* limits, int form, int64_t* told) {
   auto c = case_of(sizes, numbers, norms, qkv, const_cast<void*>(y), const_cast<void*>(lse), rng);
   c.grad = grad, c.dqkv = dqkv;
   const sdp::DeviceLimits device{limits[0], limits[1], limits[2]};
-  if (fma || sdp::kAttentionFma<T>) backward<true>(c, device, gradients, told);
-  else if constexpr (!sdp::kAttentionFma<T>) backward<false>(c, device, gradients, told);
+  if (form == 1 || sdp::kAttentionFma<T>) backward<true>(c, device, false, gradients, told);
+  else if constexpr (!sdp::kAttentionFma<T>) backward<false>(c, device, form == 2, gradients, told);
 }
 }

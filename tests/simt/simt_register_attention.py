@@ -22,6 +22,8 @@ class Told:
     """How often a block's warps take new rows."""
     parts: int
     """Blocks of a head (and role)."""
+    wgmma: int
+    """Whether it multiplies with warpgroups."""
 
 
 def _arguments(qkv: Tensor, norms, eps, scale, registers, attend, dropout, layer):
@@ -57,7 +59,7 @@ def forward(
     y = outputs.out(torch.empty(batch, tokens, heads * d, dtype=qkv.dtype))
     lse = outputs.out(torch.empty(batch, heads, tokens, dtype=emulator.wide_dtype(qkv.dtype)))
     scale = d**-0.5 if scale is None else scale
-    told = (ctypes.c_int64 * 3)()
+    told = (ctypes.c_int64 * 4)()
     emulator.library(OPERATOR, qkv.dtype).register_attention_fwd(
         *_arguments(qkv, norms, eps, scale, registers, attend, dropout, layer),
         *(emulator.pointer(qkv), emulator.pointer(y), emulator.pointer(lse), emulator.pointer(rng)),
@@ -83,6 +85,7 @@ def backward(
     layer=0,
     limits=emulator.H200,
     fma=False,
+    wgmma=False,
 ) -> tuple[Tensor, list[Tensor | None], Told]:
     """(dqkv, gradients of q weight, q bias, k weight, k bias, told); None for the gradient of what is None."""
     assert all(t.is_contiguous() for t in (grad, qkv, y, lse))
@@ -92,12 +95,12 @@ def backward(
     wide = emulator.wide_dtype(qkv.dtype)
     gradients = [None if p is None else outputs.out(torch.empty(d, dtype=wide)) for p in norms]
     scale = d**-0.5 if scale is None else scale
-    told = (ctypes.c_int64 * 3)()
+    told = (ctypes.c_int64 * 4)()
     emulator.library(OPERATOR, qkv.dtype).register_attention_bwd(
         *_arguments(qkv, norms, eps, scale, registers, attend, dropout, layer),
         *(emulator.pointer(t) for t in (grad, qkv, y, lse, dqkv)),
         (ctypes.c_int64 * 4)(*(0 if g is None else g.data_ptr() for g in gradients)),
-        *(emulator.pointer(rng), (ctypes.c_int64 * 3)(*limits), int(fma), told),
+        *(emulator.pointer(rng), (ctypes.c_int64 * 3)(*limits), 2 if wgmma else int(fma), told),
     )
     outputs.assert_untouched()
     return dqkv, gradients, Told(*told)

@@ -31,6 +31,7 @@ class AttentionCase:
     gain: float = 1.0
     eps: float = 1e-5
     fma: bool = False
+    wgmma: bool = False
     limits: tuple[int, int, int] = emulator.H200
 
     def __str__(self) -> str:
@@ -42,7 +43,7 @@ class AttentionCase:
         words += [f"scale={self.scale}"] if self.scale is not None else []
         words += [f"gain={self.gain}"] if self.gain != 1 else []
         words += [f"eps={self.eps}"] if self.eps != 1e-5 else []
-        words += ["fma"] if self.fma else []
+        words += ["fma"] if self.fma else ["wgmma"] if self.wgmma else []
         words += [f"limits={self.limits[0]}"] if self.limits != emulator.H200 else []
         return "-".join(words)
 
@@ -99,7 +100,8 @@ def run(case: AttentionCase, dtype: torch.dtype) -> dict[str, Tensor]:
     i = inputs_of(case, dtype)
     more = case.options | {"limits": case.limits, "fma": case.fma}
     y, lse, _ = attention.forward(i.qkv, i.norms, **more)
-    dqkv, gradients, _ = attention.backward(i.grad, i.qkv, y, lse, i.norms, **more)
+    dqkv, gradients, told = attention.backward(i.grad, i.qkv, y, lse, i.norms, **more, wgmma=case.wgmma)
+    assert told.wgmma == (case.wgmma and dtype in (torch.bfloat16, torch.float16))
     named = zip(("dq_weight", "dq_bias", "dk_weight", "dk_bias"), gradients)
     return {"y": y, "lse": lse, "dqkv": dqkv} | {name: g for name, g in named if g is not None}
 
@@ -120,12 +122,16 @@ CASES = [
     AttentionCase(1, 90, 1, 128, limits=MEDIUM_CHIP, dropout=0.25),
     AttentionCase(1, 70, 2, 40, fma=True, dropout=0.3),
     AttentionCase(1, 40, 1, 128, fma=True, registers=3, attend="separate", norms="b", scale=-0.2),
+    AttentionCase(2, 37, 2, 32, wgmma=True),
+    AttentionCase(1, 133, 1, 56, wgmma=True, norms="b", scale=-0.2),
+    AttentionCase(1, 83, 1, 96, wgmma=True, narrow_parameters=True),
 ]
 
 BARRIER_CASES = [
     AttentionCase(5, 40, 7, 32),
     AttentionCase(1, 150, 2, 32, limits=SMALL_CHIP),
     AttentionCase(1, 70, 2, 40, fma=True),
+    AttentionCase(1, 133, 1, 32, wgmma=True),
 ]
 
 
@@ -141,6 +147,7 @@ def sanitizer_calls(dtype: torch.dtype) -> list[str]:
         order = emulator.ORDERS[number % len(emulator.ORDERS)]
         for backward in (0, 1):
             numbers = [backward, case.batch, case.tokens, case.heads, case.d, case.registers, *reads, 3, *there]
-            numbers += [int(not case.narrow_parameters), int(case.dropout > 0), *case.limits, int(case.fma), order]
+            form = 2 if case.wgmma else int(case.fma)
+            numbers += [int(not case.narrow_parameters), int(case.dropout > 0), *case.limits, form, order]
             calls.append("register_attention " + " ".join(map(str, numbers)))
     return calls

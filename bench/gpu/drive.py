@@ -16,7 +16,7 @@ import torch
 
 from .grid import EPILOGUES
 from .problem import LAYOUTS, Problem, normal
-from .subjects import OWN_GEMM, SUBJECTS, choice_of_gemm, differentiate
+from .subjects import OWN_GEMM, SUBJECTS, choice_of_gemm, differentiate, solvable
 
 CONTROL = "control"
 
@@ -57,6 +57,9 @@ def drive(operator: str, backend: str, device: str) -> int:
     found = problems(operator)
     if operator == "linear" and backend in OWN_GEMM:
         found += [replace(problem, own_gemm=True) for problem in found]
+    if operator == "register_attention":
+        half = [problem for problem in found if problem.dtype != "float32" and problem.epilogue == "all"]
+        found += solvable([replace(problem, warpgroups=True) for problem in half], backend)
     for problem in found:
         subject = SUBJECTS[operator]
         inputs = subject.inputs(problem, "cpu")

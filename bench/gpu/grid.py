@@ -110,6 +110,10 @@ def _attention(dtype: str) -> list[Problem]:
     found += [p(16, 261, 768, registers=5), p(16, 261, 768, d=96, registers=5), p(0, 9, 64)]
     if dtype != "float32":
         found += [p(2, 70, 192, d=96, registers=5, wide_parameters=True)]
+        lengths = (1, 16, 47, 48, 49, 64, 65, 96, 129, 197, 201, 257, 261, 272)
+        found += [p(2, t, 2 * d, d=d, warpgroups=True) for d in (8, 32, 56, 64, 88, 96) for t in lengths]
+        found += [p(16, 261, 768, d=d, registers=5, warpgroups=True) for d in (64, 96)]
+        found += [p(2, 70, 192, d=96, wide_parameters=True, warpgroups=True)]
     return list(dict.fromkeys(found))
 
 
@@ -160,7 +164,8 @@ def repeatable(operator: str, rehearsal: bool) -> list[Problem]:
         return [*found, *(replace(p, own_gemm=True) for p in found[1:] if not rehearsal)]
     if operator == "register_attention":
         shape, dtype = ((3, 6, 16), "float32") if rehearsal else ((8, 261, 768), "bfloat16")
-        return [Problem(operator, shape, dtype, registers=2, kernel=d) for d in ((8,) if rehearsal else (64, 96))]
+        found = [Problem(operator, shape, dtype, registers=2, kernel=d) for d in ((8,) if rehearsal else (64, 96))]
+        return [*found, *(replace(p, warpgroups=True) for p in found if not rehearsal)]
     if rehearsal:
         return [Problem(operator, (3, 8, 4, 4), "float32", **kernel)]
     found = [Problem(operator, (5, 96, 7, 7), "float32", **kernel)]

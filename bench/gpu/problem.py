@@ -33,11 +33,14 @@ class Problem:
     epilogue: str = ""
     own_gemm: bool = False
     """Matrix products in the backend's own kernels, whatever its table says of them."""
+    warpgroups: bool = False
+    """CUDA's attention multiplies with warpgroups in its backward pass, whatever is its default."""
 
     @property
     def name(self) -> str:
         extra = [f"{self.registers} registers"] * bool(self.registers) + ["residual"] * self.residual
         extra += ["normed"] * self.normed + ["own GEMM"] * self.own_gemm
+        extra += ["warpgroups"] * self.warpgroups
         extra += [f"k{self.kernel}"] * bool(self.kernel) + ["fp32 parameters"] * self.wide_parameters
         extra += [self.epilogue] * bool(self.epilogue)
         extra += [f"gradient {self.grad}"] * (self.grad != "like y")

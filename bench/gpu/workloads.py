@@ -207,9 +207,39 @@ def _attention(key: list[str], dtype: torch.dtype, device: str, elements: int) -
     return Workload(make, backward)
 
 
+CUDA = {f"cuda/register_attention/backward/d{d}/16bit": {"wgmma": 0} for d in (64, 96)}
+"""What CUDA's kernels have instead of a table: constants of the sources (kAttentionWgmma), here by what they are timed
+on; edited in place, they are what is launched."""
+
+
+def _cuda_attention(entry: str, dtype: torch.dtype, device: str, elements: int) -> Workload:
+    """The backward pass at the length of the models whose heads have that width."""
+    from bench.gpu.subjects import cuda_attention
+
+    d = int(entry.split("/")[3].removeprefix("d"))
+    tokens, heads = (261 if d == 96 else 201, 768 // d) if elements > 2**20 else (20, 1)
+    batch = max(2, elements // (3 * tokens * heads * d))
+    limits = (1e-5, d**-0.5, 5, "all", 0.0, None, 0)
+
+    def make(seed: int) -> list[Tensor]:
+        qkv = _normal((batch, tokens, 3, heads, d), dtype, device, seed)
+        weight = torch.ones(d, device=device)
+        y, lse = torch.ops.sdp_kernels_cpp.register_attention_fwd(qkv, *(weight,) * 4, *limits)
+        return [_normal((batch, tokens, heads * d), dtype, device, seed + 1), qkv, y, lse, weight]
+
+    def call(grad: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, w: Tensor) -> list[Tensor]:
+        with cuda_attention("wgmma" if CUDA[entry]["wgmma"] else "mma"):
+            made = torch.ops.sdp_kernels_cpp.register_attention_bwd(grad, qkv, y, lse, *(w,) * 4, *limits)
+        return list(made)[:2]
+
+    return Workload(make, call)
+
+
 def workload(entry: str, device: str, *, tiny: bool) -> Workload:
-    """Of the table's entry "operator/kernel/…/16bit". Raises NoWorkloadError."""
+    """Of the table's entry "operator/kernel/…/16bit", or of CUDA's. Raises NoWorkloadError."""
     key = entry.split("/")
+    if entry in CUDA:
+        return _cuda_attention(entry, torch.bfloat16, device, 512 if tiny else BYTES // 2)
     dtype = torch.bfloat16 if key[-1] == "16bit" else torch.float32
     makers = {"kelu": _kelu, "layer_norm_2d": _layer_norm, "linear": _linear}
     makers |= {"depthwise_conv2d": _depthwise_conv2d, "register_attention": _attention}

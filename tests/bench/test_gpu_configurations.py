@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -116,3 +117,39 @@ def test_what_was_only_compiled_is_no_result(monkeypatch):
     file = {"rehearsal": False, "records": [{"status": "ok", "result": made}]}
     assert configurations.files(file, Setting()) == {} and "nothing written" in configurations.write(file)
     assert configurations.summary({"a": made}, Setting())["lines"] == ["0 entries searched, 0 can be faster"]
+
+
+def test_cudas_two_kernels_are_compared_and_no_table_changes(monkeypatch):
+    (entry, *_), seen = workloads.CUDA, []
+    monkeypatch.delenv("SDP_KERNELS_CUDA_ATTENTION", raising=False)
+
+    class Library:
+        def register_attention_fwd(self, qkv, *more):
+            return qkv[:, :, 0].flatten(2), torch.ones(2)
+
+        def register_attention_bwd(self, grad, qkv, *more):
+            seen.append(os.environ["SDP_KERNELS_CUDA_ATTENTION"])
+            return qkv, qkv[0, 0, 0, 0], None, None, None
+
+    monkeypatch.setattr(torch.ops, "sdp_kernels_cpp", Library())
+    result = configurations.run(REHEARSAL, entry)
+    assert [t["constants"] for t in result["tried"]] == [{"wgmma": 0}, {"wgmma": 1}]
+    assert set(seen) == {"mma", "wgmma"} and all(t["seconds"] is not None for t in result["tried"])
+    assert workloads.CUDA[entry] == {"wgmma": 0} and "SDP_KERNELS_CUDA_ATTENTION" not in os.environ
+    found = result | {"best": {"wgmma": 1}, "best_seconds": 1.0, "committed_seconds": 2.0}
+    assert configurations.proposal([found], {"90": {}}) == {"90": {}}
+    file = {"rehearsal": False, "records": [{"status": "ok", "result": found}]}
+    assert "nothing written" in configurations.write(file)
+    assert "kAttentionWgmma" in configurations.summary({"a": found}, Setting())["lines"][1]
+
+
+def test_cudas_kernels_are_compared_where_there_are_two(monkeypatch):
+    from sdp_kernels.backends import BACKENDS
+
+    monkeypatch.setattr(BACKENDS["cuda"], "absent", None)
+    monkeypatch.setattr(configurations, "capability", lambda setting: "90")
+    for there in (False, True):
+        monkeypatch.setattr(configurations, "has_warpgroups", lambda there=there: there)
+        entries = [item.arguments["entry"] for item in configurations.cases(Setting())]
+        assert [entry for entry in entries if entry.startswith("cuda/")] == (list(workloads.CUDA) if there else [])
+    assert not any(i.arguments["entry"].startswith("cuda/") for i in configurations.cases(REHEARSAL))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import blocks, drive, grid, large, machine
+from bench.gpu import blocks, drive, grid, large, machine, subjects
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Setting, Unavailable
 from bench.gpu.parts import correctness
@@ -86,6 +87,23 @@ def test_our_own_gemm_is_forced_where_a_problem_wants_it_and_only_there(monkeypa
     assert solvable([KELU, problem], "cuda") == [KELU] and solvable([KELU, problem], "triton") == [KELU, problem]
     for found in (grid.problems("linear"), blocks.problems("feed_forward"), large.problems("linear", Setting())):
         assert {p.own_gemm for p in found} == {False, True}
+
+
+def test_warpgroups_are_asked_for_where_a_problem_wants_them_and_only_there(monkeypatch):
+    variable, problem = "SDP_KERNELS_CUDA_ATTENTION", dataclasses.replace(KELU, warpgroups=True)
+    for before in (None, "mma"):
+        monkeypatch.delenv(variable, raising=False) if before is None else monkeypatch.setenv(variable, before)
+        with choice_of_gemm(KELU, "cuda"):
+            assert os.environ.get(variable) == before
+        with pytest.raises(ZeroDivisionError), choice_of_gemm(problem, "cuda"):
+            assert os.environ[variable] == "wgmma"
+            _ = 1 / 0
+        assert os.environ.get(variable) == before
+    for there, wanted in ((True, [KELU, problem]), (False, [KELU])):
+        monkeypatch.setattr(subjects, "has_warpgroups", lambda there=there: there)
+        assert solvable([KELU, problem], "cuda") == wanted and solvable([KELU, problem], "triton") == [KELU]
+    half = [{p.warpgroups for p in grid.problems("register_attention", (dtype,))} for dtype in ("float32", "bfloat16")]
+    assert half == [{False}, {False, True}] and "warpgroups" in problem.name
 
 
 def test_a_write_beside_an_input_and_a_read_from_there_are_found(monkeypatch):

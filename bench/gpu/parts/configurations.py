@@ -2,7 +2,7 @@
 
 From the committed constants on, one of them is doubled or halved at a time; what is faster by more than the noise and
 computes the same is kept, until nothing near is faster. CUDA's kernels have no table: their geometry is computed from
-the device.
+the device. Where there are two kernels for a case and a constant of the sources chooses, the two are compared.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from bench.gpu import machine
 from bench.gpu.part import Item, Setting, Unavailable
 from bench.gpu.store import write_atomically
+from bench.gpu.subjects import has_warpgroups
 from bench.gpu.worker import ROOT
-from bench.gpu.workloads import SETS, NoWorkloadError, Workload, workload
+from bench.gpu.workloads import CUDA, SETS, NoWorkloadError, Workload, workload
 from bench.measure import interleave
 from sdp_kernels.backends import BACKENDS
 
@@ -43,6 +44,7 @@ LIMITS = {"warps": (1, 32), "blocks": (32, 4096), "pixels": (1, 512), "ahead": (
 LIMITS |= {"gemm": (0, 1), "parts": (1, 2), "stages": (1, 8), "group": (1, 64)}
 LIMITS |= {"queries": (16, 256), "keys": (16, 256), "part": (16, 256), "tokens": (0, 0)}
 LIMITS |= {"programs": (33, 8448), "outputs": (1, 4), "groups": (1, 64), "fused": (0, 1)}
+LIMITS |= {"wgmma": (0, 1)}
 LARGEST = 65536
 BETTER = 0.98
 """A candidate must take at most this share of the best time so far."""
@@ -58,9 +60,11 @@ def cases(setting: Setting) -> list[Item]:
     """Every entry that applies to this GPU, the most used first. In the interpreter one of each operator."""
     if setting.variant != ("interpreter" if setting.rehearsal else "plain"):
         return []
+    ours = [] if setting.rehearsal or BACKENDS["cuda"].absent or not has_warpgroups() else list(CUDA)
+    chosen = [Item(f"cuda: {entry}", {"entry": entry}, 150, setting.variant, alone=True) for entry in ours]
     reason = BACKENDS["triton"].absent
     if reason or not COMMITTED.exists():
-        return [Item("triton", {"entry": "", "reason": reason or "there is no committed table"})]
+        return [*chosen, Item("triton", {"entry": "", "reason": reason or "there is no committed table"})]
     entries = table(capability(setting))
     ordered = sorted(entries, key=lambda e: (_urgency(e), e.rpartition("/")[2], e))
     if setting.rehearsal:
@@ -70,7 +74,7 @@ def cases(setting: Setting) -> list[Item]:
     found = [Item(f"triton: {entry}", {"entry": entry}, 150, setting.variant, alone=True) for entry in ordered]
     early = ordered[:1] if setting.rehearsal else [e for e in ordered if _urgency(e) < LATER]
     made = [Item(f"compile: {entry}", {"entry": entry, "compile_only": True}, 150, setting.variant) for entry in early]
-    return [*made, *found]
+    return [*chosen, *made, *found]
 
 
 LATER = 3
@@ -174,7 +178,7 @@ def run(setting: Setting, entry: str, reason: str = "", compile_only: bool = Fal
     this process is edited for it and put back."""
     if not entry:
         raise Unavailable(reason)
-    constants = table(capability(setting))
+    constants = CUDA if entry in CUDA else table(capability(setting))
     committed = dict(constants[entry])
     try:
         load = workload(entry, setting.device, tiny=setting.rehearsal)
@@ -266,10 +270,11 @@ def _duel(setting: Setting, load, sets, constants: dict, entry: str, a: dict, b:
 
 
 def proposal(results: list[dict], committed: dict) -> dict:
-    """The committed table with what was found faster in the column of the GPU that it was measured on."""
+    """The committed table with what was found faster in the column of the GPU that it was measured on; CUDA's entries
+    are not in it."""
     made = {found: dict(entries) for found, entries in committed.items()}
     for row in results:
-        if row["best"] != row["committed"]:
+        if row["best"] != row["committed"] and row["entry"] not in CUDA:
             made.setdefault(row["capability"], {})[row["entry"]] = row["best"]
     return dict(sorted(made.items(), key=lambda item: int(item[0])))
 
@@ -298,7 +303,7 @@ def write(file: dict, path: Path = COMMITTED) -> str:
     """Put the proposal in the committed table's place; what happened, in words."""
     if file["rehearsal"]:
         return "nothing written: a rehearsal measures nothing"
-    changed = [row for row in _good(file) if row["best"] != row["committed"]]
+    changed = [row for row in _good(file) if row["best"] != row["committed"] and row["entry"] not in CUDA]
     if not changed:
         return "nothing written: the committed table is as fast as anything tried"
     write_atomically(path, as_text(proposal(changed, json.loads(path.read_text(encoding="utf-8")))))
@@ -311,5 +316,6 @@ def summary(results: dict[str, dict], setting: Setting) -> dict:
     lines = [f"{len(searched)} entries searched, {len(faster)} can be faster"]
     for row in sorted(faster, key=lambda row: row["best_seconds"] / row["committed_seconds"])[:10]:
         share = row["best_seconds"] / row["committed_seconds"]
-        lines.append(f"{row['entry']}: {row['committed']} → {row['best']}, {share:.2f} of the time")
+        where = " (kAttentionWgmma in csrc/cuda/register_attention.cuh)" if row["entry"] in CUDA else ""
+        lines.append(f"{row['entry']}: {row['committed']} → {row['best']}, {share:.2f} of the time{where}")
     return {"lines": lines}

@@ -295,11 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if trainer.device.type == "cpu":
         keep_memory()
-    introduce(trainer, source)
     try:
+        introduce(trainer, source)
         with stop_signals() as caught:
             finished = trainer.train(lambda step: bool(caught))
-    except (TrainingError, DataError) as error:
+    except (TrainingError, DataError, sdp_kernels.UnsupportedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -121,6 +121,9 @@ def test_the_first_line_names_the_kernels_that_run(finished, capsys):
     with use_backend("reference"):  # as where no library was built
         assert train.main(["--resume", str(finished)]) == 0
     assert "fused kernels (reference)" in capsys.readouterr().out
+    with use_backend("cuda"):
+        assert train.main(["--resume", str(finished)]) == 1
+    assert "backend 'cuda' cannot run layer_norm_2d on cpu" in capsys.readouterr().err
 
 
 def test_kernels_may_change_on_resume_and_a_setting_may_follow_it(finished, capsys):

@@ -261,8 +261,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         from .charts import draw  # matplotlib only where pictures are wanted
 
-        charts = draw(rows_of(result), options.out)
-        (options.out / "report.md").write_text(markdown(result, charts), encoding="utf-8")
+        try:
+            charts = draw(rows_of(result), options.out)
+            (options.out / "report.md").write_text(markdown(result, charts), encoding="utf-8")
+        except OSError as error:
+            print(f"bench.report: --out: {error}", file=sys.stderr)
+            return 2
         print(f"report.md and {len(charts)} charts written")
     else:
         print(markdown(result))

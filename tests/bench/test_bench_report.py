@@ -126,8 +126,10 @@ def test_command_line_returns_1_on_a_regression_and_0_without(make_result, make_
     assert capsys.readouterr().out.rstrip().endswith("0 slower, 0 same, 1 faster; median change -33.3 %")
 
 
-def test_command_line_writes_the_report_with_its_charts(make_result, make_row, tmp_path) -> None:
+def test_command_line_writes_the_report_with_its_charts(make_result, make_row, tmp_path, capsys) -> None:
     path = write(tmp_path / "a.json", make_result(make_row("ours", 2e-3), make_row("torch", 5e-3)))
+    assert report.main([path, "--out", f"{path}/below a file"]) == 2
+    assert "--out" in capsys.readouterr().err
     assert report.main([path, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "![kelu-cpu.png](kelu-cpu.png)" in text and (tmp_path / "out" / "kelu-cpu.png").exists()

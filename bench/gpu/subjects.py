@@ -6,7 +6,6 @@ Those made of others are in blocks.py. A new operator with kernels needs an entr
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +16,7 @@ from bench.baselines import layer_norm_permuted, layer_norm_tokens
 from sdp_kernels import reference
 from sdp_kernels.backends import BACKENDS, every_reason
 
+from . import warpgroups
 from .blocks import BLOCKS
 from .judge import accumulator, judge, same_bits
 from .part import Setting
@@ -219,23 +219,6 @@ OWN_GEMM = ("triton",)
 
 
 @contextlib.contextmanager
-def cuda_attention(form: str | None) -> Iterator[None]:
-    """CUDA's attention multiplies in that form ("wgmma", "mma") in its backward pass; None leaves what is set."""
-    before = os.environ.get(CUDA_ATTENTION)
-    if form is not None:
-        os.environ[CUDA_ATTENTION] = form
-    try:
-        yield
-    finally:
-        if form is not None:
-            os.environ.pop(CUDA_ATTENTION) if before is None else os.environ.update({CUDA_ATTENTION: before})
-
-
-CUDA_ATTENTION = "SDP_KERNELS_CUDA_ATTENTION"
-"""The variable that the CUDA library reads."""
-
-
-@contextlib.contextmanager
 def choice_of_gemm(problem: Problem, backend: str) -> Iterator[None]:
     """The problem's: our own matrix products or warpgroups where it wants them, else what the backend chooses."""
     chosen = BACKENDS[backend]
@@ -243,7 +226,7 @@ def choice_of_gemm(problem: Problem, backend: str) -> Iterator[None]:
     if problem.own_gemm:
         chosen.prefers = lambda kernel, x, weight: kernel in ("linear_gemm_fwd", "linear_gemm_bwd")
     try:
-        with cuda_attention("wgmma" if problem.warpgroups else None):
+        with warpgroups.cuda_attention("wgmma" if problem.warpgroups else None):
             yield
     finally:
         chosen.prefers = before
@@ -252,12 +235,7 @@ def choice_of_gemm(problem: Problem, backend: str) -> Iterator[None]:
 def solvable(problems: list[Problem], backend: str) -> list[Problem]:
     """Without those that the backend has no kernels for."""
     found = [problem for problem in problems if not problem.own_gemm or backend in OWN_GEMM]
-    return [problem for problem in found if not problem.warpgroups or (backend == "cuda" and has_warpgroups())]
-
-
-def has_warpgroups() -> bool:
-    """Whether the GPU multiplies with warpgroups (wgmma)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
+    return [problem for problem in found if not problem.warpgroups or (backend == "cuda" and warpgroups.there())]
 
 
 def needs(operator: str) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.gpu import warpgroups
+
 BYTES = 96 * 2**20
 """Of one tensor; a set has two or three, and four sets take turns."""
 SETS = 4
@@ -214,8 +216,6 @@ on; edited in place, they are what is launched."""
 
 def _cuda_attention(entry: str, dtype: torch.dtype, device: str, elements: int) -> Workload:
     """The backward pass at the length of the models whose heads have that width."""
-    from bench.gpu.subjects import cuda_attention
-
     d = int(entry.split("/")[3].removeprefix("d"))
     tokens, heads = (261 if d == 96 else 201, 768 // d) if elements > 2**20 else (20, 1)
     batch = max(2, elements // (3 * tokens * heads * d))
@@ -228,7 +228,7 @@ def _cuda_attention(entry: str, dtype: torch.dtype, device: str, elements: int) 
         return [_normal((batch, tokens, heads * d), dtype, device, seed + 1), qkv, y, lse, weight]
 
     def call(grad: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, w: Tensor) -> list[Tensor]:
-        with cuda_attention("wgmma" if CUDA[entry]["wgmma"] else "mma"):
+        with warpgroups.cuda_attention("wgmma" if CUDA[entry]["wgmma"] else "mma"):
             made = torch.ops.sdp_kernels_cpp.register_attention_bwd(grad, qkv, y, lse, *(w,) * 4, *limits)
         return list(made)[:2]
 

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bench.gpu import workloads
+from bench.gpu import warpgroups, workloads
 from bench.gpu.part import Setting
 from bench.gpu.parts import configurations
 
@@ -149,7 +149,7 @@ def test_cudas_kernels_are_compared_where_there_are_two(monkeypatch):
     monkeypatch.setattr(BACKENDS["cuda"], "absent", None)
     monkeypatch.setattr(configurations, "capability", lambda setting: "90")
     for there in (False, True):
-        monkeypatch.setattr(configurations, "has_warpgroups", lambda there=there: there)
+        monkeypatch.setattr(warpgroups, "there", lambda there=there: there)
         entries = [item.arguments["entry"] for item in configurations.cases(Setting())]
         assert [entry for entry in entries if entry.startswith("cuda/")] == (list(workloads.CUDA) if there else [])
     assert not any(i.arguments["entry"].startswith("cuda/") for i in configurations.cases(REHEARSAL))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import blocks, drive, grid, large, machine, subjects
+from bench.gpu import blocks, drive, grid, large, machine, warpgroups
 from bench.gpu.judge import judge, same_bits
 from bench.gpu.part import Failure, Setting, Unavailable
 from bench.gpu.parts import correctness
@@ -100,7 +100,7 @@ def test_warpgroups_are_asked_for_where_a_problem_wants_them_and_only_there(monk
             _ = 1 / 0
         assert os.environ.get(variable) == before
     for there, wanted in ((True, [KELU, problem]), (False, [KELU])):
-        monkeypatch.setattr(subjects, "has_warpgroups", lambda there=there: there)
+        monkeypatch.setattr(warpgroups, "there", lambda there=there: there)
         assert solvable([KELU, problem], "cuda") == wanted and solvable([KELU, problem], "triton") == [KELU]
     half = [{p.warpgroups for p in grid.problems("register_attention", (dtype,))} for dtype in ("float32", "bfloat16")]
     assert half == [{False}, {False, True}] and "warpgroups" in problem.name

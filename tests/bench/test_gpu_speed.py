@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 import pytest
 import torch
 
+import bench.cases
 from bench import harness
-from bench.gpu import goals, machine
+from bench.gpu import goals, machine, warpgroups
 from bench.gpu.part import Failure, Setting, Unavailable
 from bench.gpu.parts import correctness, environment, speed, throughput
 from bench.gpu.schema import check
@@ -61,7 +63,9 @@ def test_the_most_wanted_is_measured_first_and_all_that_is_timed_is_alone(monkey
     assert not goals_left
     made = [item for item in items if item.arguments.get("compile_only")]
     assert [item.id for item in made] == [f"compile: {item.id}" for item in timed[: len(made)]]
-    assert not any(item.alone for item in made) and all(item.arguments["without"] == ["cuda"] for item in made)
+    assert not any(item.alone for item in made) and all(
+        item.arguments["without"] == ["cuda", speed.WARPGROUPS] for item in made
+    )
     assert [a["without"] for a in timed[0].instead] == [["cuda"], ["triton"], ["cuda", "triton"]]
 
 
@@ -165,3 +169,37 @@ def test_clocks_are_read_from_nvidia_smi_and_never_set(tmp_path, monkeypatch):
     assert environment.clocks()["clocks.sm"] == "1980 MHz" and environment.clocks()["driver_version"] == "580.1"
     asked = (tmp_path / "asked").read_text().split()
     assert [a.partition("=")[0] for a in asked] == ["--query-gpu", "--format"]
+
+
+def test_cudas_attention_is_timed_with_warpgroups_too_where_there_are_any(monkeypatch):
+    attention, _ = speed.operators()["register_attention"]
+    linear, _ = speed.operators()["linear"]
+    monkeypatch.setattr(speed, "ours", lambda *about: ["cuda", "triton"])
+    monkeypatch.setattr(warpgroups, "there", lambda: False)
+    assert speed.forms(Setting(), attention, torch.bfloat16) == ["cuda", "triton"]
+    monkeypatch.setattr(warpgroups, "there", lambda: True)
+    assert speed.forms(Setting(), attention, torch.bfloat16) == ["cuda", "triton", speed.WARPGROUPS]
+    assert speed.forms(Setting(), attention, torch.float32) == ["cuda", "triton"]
+    assert speed.forms(Setting(), linear, torch.bfloat16) == ["cuda", "triton"]
+    items = [i for i in speed.cases(Setting()) if i.id.startswith("register_attention") and "float32" not in i.id]
+    assert items and all([speed.WARPGROUPS] in [a["without"] for a in i.instead] for i in items)
+
+    monkeypatch.setenv(warpgroups.VARIABLE, "before")
+    seen, problem = [], bench.cases.Case("register_attention", (2, 5, 3, 1, 8), layout="tokens")
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(os.environ[warpgroups.VARIABLE])
+            return grad * 2
+
+    watched = dataclasses.replace(attention.contender("ours"), build=lambda case: Watched.apply)
+    x = torch.ones(3, requires_grad=True)
+    made = [speed._on(name, watched)(problem)(x) for name in (speed.WARPGROUPS, "cuda", "triton")]
+    for y in reversed(made):
+        y.sum().backward()
+    assert seen == ["before", speed.DEFAULT, "wgmma"] and torch.equal(x.grad, torch.full((3,), 6.0))

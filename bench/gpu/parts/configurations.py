@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu import machine
+from bench.gpu import machine, warpgroups
 from bench.gpu.part import Item, Setting, Unavailable
 from bench.gpu.store import write_atomically
-from bench.gpu.subjects import has_warpgroups
 from bench.gpu.worker import ROOT
 from bench.gpu.workloads import CUDA, SETS, NoWorkloadError, Workload, workload
 from bench.measure import interleave
@@ -60,7 +59,7 @@ def cases(setting: Setting) -> list[Item]:
     """Every entry that applies to this GPU, the most used first. In the interpreter one of each operator."""
     if setting.variant != ("interpreter" if setting.rehearsal else "plain"):
         return []
-    ours = [] if setting.rehearsal or BACKENDS["cuda"].absent or not has_warpgroups() else list(CUDA)
+    ours = [] if setting.rehearsal or BACKENDS["cuda"].absent or not warpgroups.there() else list(CUDA)
     chosen = [Item(f"cuda: {entry}", {"entry": entry}, 150, setting.variant, alone=True) for entry in ours]
     reason = BACKENDS["triton"].absent
     if reason or not COMMITTED.exists():

@@ -22,7 +22,7 @@ import bench
 import sdp_kernels
 from bench import peers, report
 from bench.cases import PASSES, Case, Contender, Operator
-from bench.gpu import goals, machine
+from bench.gpu import goals, machine, warpgroups
 from bench.gpu.part import Failure, Item, Setting, Unavailable
 from bench.gpu.subjects import GPU_BACKENDS, SUBJECTS
 from bench.harness import Harness
@@ -35,6 +35,8 @@ BUDGET = 470
 PARTIAL = True
 PARALLEL = 6
 """Of what compiles; whatever is timed is alone."""
+WARPGROUPS, DEFAULT = "cuda, warpgroups", os.environ.get(warpgroups.VARIABLE, "")
+"""CUDA's attention by the kernel that is not the default, and what was asked for when this began."""
 SECONDS, TIMEOUT, PREPARED = 1.0, 180.0, 24
 FIRST = ("depthwise_conv2d", (256, 768, 16, 16))
 """Where least is known of what PyTorch's own kernels take."""
@@ -112,7 +114,7 @@ def cases(setting: Setting) -> list[Item]:
             if ours(setting, known, case.dtype):
                 arguments = {k: getattr(case, k) for k in ("shape", "layout", "registers", "variant")}
                 arguments |= {"operator": name, "dtype": case.dtype_name}
-                names = ours(setting, known, case.dtype)
+                names = forms(setting, known, case.dtype)
                 without = [[name] for name in names] + [names] * (len(names) > 1)
                 instead = [arguments | {"without": left_out} for left_out in without]
                 title = case.name.removesuffix("-both")
@@ -142,7 +144,7 @@ def _prepared(timed: list[Item], setting: Setting) -> list[Item]:
         replace(
             item,
             id=f"compile: {item.id}",
-            arguments=item.arguments | {"compile_only": True, "without": ["cuda"]},
+            arguments=item.arguments | {"compile_only": True, "without": ["cuda", WARPGROUPS]},
             alone=False,
             instead=[],
         )
@@ -165,6 +167,13 @@ def ours(setting: Setting, operator: Operator, dtype: torch.dtype) -> list[str]:
     return [name for name in wanted if not any(told[name] for told in reasons)]
 
 
+def forms(setting: Setting, operator: Operator, dtype: torch.dtype) -> list[str]:
+    """The backends that are ours, and of CUDA's attention the kernel of warpgroups, which is not its default."""
+    names = ours(setting, operator, dtype)
+    two = operator.name == "register_attention" and "cuda" in names and dtype != torch.float32 and warpgroups.there()
+    return [*names, *[WARPGROUPS] * two]
+
+
 def contenders(setting: Setting, operator: Operator, case: Case) -> list[Contender]:
     """Ours once per backend, then everybody who can take part here; the interpreter has nobody's speed to compare."""
     present = {peer.name for peer in peers.survey(setting.device) if peer.reason is None}
@@ -177,13 +186,15 @@ def contenders(setting: Setting, operator: Operator, case: Case) -> list[Contend
                 found.append(contender)
             continue
         found += [
-            replace(contender, name=f"ours ({backend})", build=_on(backend, contender))
-            for backend in ours(setting, operator, case.dtype)
+            replace(contender, name=f"ours ({name})", build=_on(name, contender))
+            for name in forms(setting, operator, case.dtype)
         ]
     return found
 
 
-def _on(backend: str, contender: Contender):
+def _on(name: str, contender: Contender):
+    backend = name.partition(",")[0]
+
     def build(case: Case):
         function = contender.build(case)
 
@@ -191,7 +202,9 @@ def _on(backend: str, contender: Contender):
             with sdp_kernels.use_backend(backend):
                 return function(*tensors)
 
-        return on_backend
+        if case.operator != "register_attention" or backend != "cuda" or not warpgroups.there():
+            return on_backend
+        return warpgroups.in_form("wgmma" if name == WARPGROUPS else DEFAULT, on_backend)
 
     return build
 
@@ -220,7 +233,7 @@ def run(
     rows, left_out = [], []
     if compile_only:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # read when the compiler is imported
-    with machine.stand_ins(setting):
+    with machine.stand_ins(setting), warpgroups.cuda_attention(DEFAULT):
         harness = Harness(0.0 if setting.rehearsal else SECONDS)
         if compile_only:
             return _compiled(harness, known, rivals, problem)

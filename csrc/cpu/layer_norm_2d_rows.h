@@ -15,16 +15,27 @@ constexpr int kLine = 64;   // bytes
 // For the bodies of loops: a call per vector costs more than its work, and compilers don't inline large lambdas.
 #define SDP_INLINED __attribute__((always_inline))
 
+// load_part and store_part as functions of their own: where channels may lie apart a call costs little beside them, and in
+// every form of every loop they would take a fifth of the library's compile time.
+template <class T>
+__attribute__((noinline)) Vector<T> load_lanes(const T* p, int count, int64_t stride) {
+  return stride == 1 && count == kLanes<T> ? load(p) : load_part(p, count, stride);
+}
+template <class T>
+__attribute__((noinline)) void store_lanes(T* p, Vector<T> v, int count, int64_t stride) {
+  stride == 1 && count == kLanes<T> ? store(p, v) : store_part(p, v, count, stride);
+}
+
 // Lanes of channels [i, i + count); Unit: the channels are known to lie next to each other.
 template <bool Unit, class T>
 inline Vector<T> get(const T* p, int64_t stride, int64_t i, int count) {
-  if (Unit || stride == 1) return count == kLanes<T> ? load(p + i) : load_part(p + i, count);
-  return load_part(p + i * stride, count, stride);
+  if constexpr (!Unit) return load_lanes(p + i * stride, count, stride);
+  else return count == kLanes<T> ? load(p + i) : load_part(p + i, count);
 }
 template <bool Unit, class T>
 inline void put(T* p, int64_t stride, int64_t i, Vector<T> v, int count) {
-  if (Unit || stride == 1) return count == kLanes<T> ? store(p + i, v) : store_part(p + i, v, count);
-  store_part(p + i * stride, v, count, stride);
+  if constexpr (!Unit) store_lanes(p + i * stride, v, count, stride);
+  else count == kLanes<T> ? store(p + i, v) : store_part(p + i, v, count);
 }
 
 // Calls body(first channel, lanes in use, chain) along C; the inlined body sees constants in the first of the two loops.

@@ -5,10 +5,9 @@ How a configuration is put together from preset, file and command line is in set
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -23,17 +22,13 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans_for_numbers(cls, values: Any) -> Any:
+    def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1; in a configuration `epochs: true` is a mistake
-        for name, value in values.items() if isinstance(values, Mapping) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and "bool" not in str(field.annotation):
-                raise ValueError(
-                    f"{name}: got {value}, wanted {getattr(field.annotation, '__name__', field.annotation)}"
-                )
-        return values
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("a boolean is no value for it")
+        return value
 
 
 class Run(Section):

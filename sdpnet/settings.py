@@ -183,7 +183,7 @@ def _explain(item: Any, origins: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in item["loc"][:2])
     origin = origins.get(key)
     got = "" if isinstance(item.get("input"), dict) else f": got {item.get('input')!r}"
-    return f"{key}{got}{f' ({origin})' if origin else ''}: {item['msg']}"
+    return f"{key}{got}{f' ({origin})' if origin else ''}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _check_together(config: Config) -> None:
@@ -217,6 +217,8 @@ def _fill_model(section: dict[str, Any], origins: dict[str, str]) -> None:
             near = difflib.get_close_matches(key, options, 1)
             hint = f"did you mean 'model.{near[0]}'?" if near else f"the model has: {', '.join(options)}"
             raise ConfigError(f"{origins[f'model.{key}']}: unknown key 'model.{key}'; {hint}")
+        if isinstance(value, bool):
+            continue  # for the model to judge: pydantic would make a number of it
         try:
             given[key] = TypeAdapter(options[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
         except ValidationError as error:

@@ -23,15 +23,16 @@ SDP_HOST_DEVICE HalfBits round_to(Floats x, PairedBFloat16) {
   return half;
 }
 
-// As gelu(Floats), but exp(−a²/2) = 2^y with y split at its floor, which scaling by a power of two does on the way.
+// As gelu(Floats), but exp(−a²/2) = 2^y with y split at its floor, which scaling by a power of two does on the way, and R a
+// quotient (relative error 4e-7, minimax, closer where the slope is 0): one division and fewer steps than a polynomial.
 SDP_HOST_DEVICE Activated<Floats> bf16_gelu(Floats x) {
   const Floats a = at_most(magnitude(x), 13.2f), y = a * -0.72134752044f * a;
   const Floats f = (Floats)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y − ⌊y⌋
   const float two[] = {1.000002593e+00f, 6.930038352e-01f, 2.414427551e-01f, 5.201146167e-02f, 1.353416812e-02f};
   const Floats bell = (Floats)_mm512_scalef_ps((__m512)horner(two, f), (__m512)y);  // · 2^⌊y⌋
-  const float c[] = {1.034810019e-01f, 1.076146919e-01f, 7.121170345e-02f, 1.715709762e-01f, -1.131972418e-01f,
-                     2.334919513e-01f, -7.417300893e-02f};
-  const Floats t = 1.0f / (a * 0.26f + 1.0f), ratio = t * horner(c, t);
+  const float over[] = {4.999998140e-01f, 3.597593002e-01f, 1.182585735e-01f, 1.674795980e-02f};
+  const float under[] = {1.0f, 1.517385117e+00f, 9.473554403e-01f, 2.962087672e-01f, 4.198657095e-02f};
+  const Floats ratio = horner(over, a) / horner(under, a);
   const Floats slope = bell * (ratio - a * float(kInvSqrt2Pi));
   return {at_least(x, 0.0f) - a * bell * ratio, x < Floats{} ? slope : 1.0f - slope};
 }

@@ -41,7 +41,7 @@ struct Prepared {
     bool wide[4] = {};
     for (int i = 0; i < 4; ++i) {
       if (!given[i]->has_value()) continue;
-      parameters[i] = dense(**given[i]);
+      parameters[i] = dense(readable(**given[i], packed));
       data[i] = parameters[i]->const_data_ptr();
       wide[i] = parameters[i]->scalar_type() == ScalarType::Float;
     }

@@ -72,6 +72,16 @@ def test_training_steps_fetch_next_to_no_memory(tiny_words, tmp_path):
     assert kept < default / 20
 
 
+def test_on_arm_nothing_is_told(monkeypatch):
+    """PyTorch asks another allocator there; a C library told to keep everything would change nothing but itself."""
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name))
+    for machine in ("aarch64", "arm64"):
+        monkeypatch.setattr(memory.platform, "machine", lambda machine=machine: machine)
+        assert memory.keep_memory() is False
+    assert not asked
+
+
 @pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
 def test_another_c_library_is_left_alone(monkeypatch, error):
     def refuse(_name):

@@ -16,7 +16,7 @@ constexpr int kLine = 64;   // bytes
 #define SDP_INLINED __attribute__((always_inline))
 
 // load_part and store_part as functions of their own: where channels may lie apart a call costs little beside them, and in
-// every form of every loop they would take a fifth of the library's compile time.
+// every form of every loop they would take a tenth of the library's compile time.
 template <class T>
 __attribute__((noinline)) Vector<T> load_lanes(const T* p, int count, int64_t stride) {
   return stride == 1 && count == kLanes<T> ? load(p) : load_part(p, count, stride);

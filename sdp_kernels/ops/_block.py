@@ -12,13 +12,13 @@ from ..backends import choose
 from ..reference.precision import autocast_dtype, cast
 from ._checks import (
     check_eps,
-    check_floating,
     check_grid,
     check_layer,
     check_parameter,
     check_rate,
     check_registers,
     check_rng,
+    check_same_dtype,
     check_tensor,
 )
 from .activation import check_activation
@@ -31,16 +31,26 @@ def check_kind(weights: tuple, kind: type) -> int:
     """``weights`` is a ``kind`` with an expand_weight (hidden, C); the hidden width."""
     if not isinstance(weights, kind):
         raise TypeError(f"weights must be a {kind.__name__}, got {type(weights).__name__}")
-    check_floating("weights.expand_weight", weights.expand_weight)
+    check_tensor("weights.expand_weight", weights.expand_weight, (2,), "(hidden, C)")
     return weights.expand_weight.shape[0]
 
 
-def check_parts(weights: tuple, optional: set[str], shapes: dict[str, tuple[int, ...]], channels: int, x: Tensor):
-    """Each part of its shape, (C,) where ``shapes`` has none; None only for the optional ones."""
+def check_parts(
+    weights: tuple,
+    optional: set[str],
+    shapes: dict[str, tuple[int, ...]],
+    prefixes: tuple[str, ...],
+    channels: int,
+    x: Tensor,
+) -> None:
+    """Each part of its shape, (C,) where ``shapes`` has none, those of convolutions and linear layers, which begin with
+    the prefixes, in the dtype of their products; None only for the optional ones."""
     vector = (channels,)
     for name, value in zip(weights._fields, weights, strict=True):
         if value is not None or name not in optional:
             check_parameter(f"weights.{name}", value, shapes.get(name, vector), x)
+            if name.startswith(prefixes):
+                check_same_dtype(f"weights.{name}", value, x)
 
 
 def cast_parts(weights: Weights, prefixes: tuple[str, ...], dtype: torch.dtype | None) -> Weights:

@@ -1,6 +1,7 @@
 """Checks of arguments: each raises TypeError or ValueError naming the argument, what came and what is wanted."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from ..reference.precision import autocast_dtype
 
 
 def check_floating(name: str, value: object) -> None:
-    """A tensor of fp64, fp32, bf16 or fp16."""
+    """A dense tensor of fp64, fp32, bf16 or fp16."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
 
 
 def check_parameter(name: str, value: object, shape: tuple[int, ...], x: Tensor) -> None:
@@ -44,10 +47,20 @@ def check_rank(name: str, value: Tensor, ranks: tuple[int, ...], wanted: str) ->
 
 def check_tensor(name: str, value: object, ranks: tuple[int, ...], wanted: str) -> None:
     """A tensor of fp64, fp32, bf16 or fp16 with so many dimensions."""
-    if isinstance(value, Tensor) and value.dtype in FLOATING and value.dim() in ranks:
+    if isinstance(value, Tensor) and value.dtype in FLOATING and value.dim() in ranks and value.layout is torch.strided:
         return
     check_floating(name, value)
     check_rank(name, value, ranks, wanted)
+
+
+def check_scale(scale: float | None) -> None:
+    """A finite number, or None for the default."""
+    if scale is None or (type(scale) is float and math.isfinite(scale)):
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not abs(scale) <= sys.float_info.max:
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def check_eps(eps: float) -> None:
@@ -107,6 +120,8 @@ def check_grid(grid: object, registers: int, x: Tensor) -> None:
     """Rows and columns of the image tokens: H·W = T − registers."""
     if not (isinstance(grid, (tuple, list)) and len(grid) == 2):
         raise ValueError(f"grid must be (H, W) for a token buffer (B, T, C), got {grid!r}")
+    if not all(isinstance(side, (int, torch.SymInt)) for side in grid):
+        raise TypeError(f"grid must be two ints (H, W), got {tuple(grid)!r}")
     if grid[0] < 1 or grid[1] < 1 or registers + grid[0] * grid[1] != x.shape[1]:
         raise ValueError(
             f"grid must be (H, W) with registers + H·W = T = {x.shape[1]}, got {tuple(grid)} with {registers} registers"

@@ -69,11 +69,13 @@ def differentiating_twice() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def refuse_double_backward(operator: str) -> None:
-    """The clear error of operators whose fused backward is not itself differentiable."""
+def refuse_double_backward(operator: str, more: str = "") -> None:
+    """The clear error of operators whose fused backward is not itself differentiable; ``more`` is what theirs needs
+    beside the reference."""
     if differentiating_twice():
+        wanted = f"backend='reference'{more}"
         raise RuntimeError(
-            f"{operator} is not twice differentiable on this backend; use backend='reference' where create_graph=True"
+            f"{operator} is not twice differentiable on this backend; use {wanted} where create_graph=True"
         )
 
 

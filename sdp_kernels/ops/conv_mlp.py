@@ -29,6 +29,7 @@ define(
 )
 
 _OPTIONAL = {"depthwise_bias", "pointwise_bias", "layer_scale1", "expand_bias", "project_bias", "layer_scale2"}
+_CAST = ("depthwise", "pointwise", "expand", "project")
 
 
 def _check_weights(weights: ConvMLPWeights, channels: int, x: Tensor) -> None:
@@ -41,7 +42,7 @@ def _check_weights(weights: ConvMLPWeights, channels: int, x: Tensor) -> None:
         "expand_bias": (hidden,),
         "project_weight": (channels, hidden),
     }
-    check_parts(weights, _OPTIONAL, shapes, channels, x)
+    check_parts(weights, _OPTIONAL, shapes, _CAST, channels, x)
 
 
 class _Options(NamedTuple):
@@ -115,9 +116,6 @@ class _ConvMLP(torch.autograd.Function):
             cast(dn, x.dtype), dx1, x, w.norm1_weight, mean1, rstd1, inner.registers,
         )  # fmt: skip
         return dx, None, None, None, *gradients_of(ctx.dtypes, d)
-
-
-_CAST = ("depthwise", "pointwise", "expand", "project")
 
 
 def _fused(x, w: ConvMLPWeights, grid, registers, activation, eps, drop_path, rng, layer, backend: str) -> Tensor:

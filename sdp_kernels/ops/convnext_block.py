@@ -41,7 +41,7 @@ def _check_weights(weights: ConvNeXtWeights, channels: int, x: Tensor) -> None:
         "expand_bias": (hidden,),
         "project_weight": (channels, hidden),
     }
-    check_parts(weights, _OPTIONAL, shapes, channels, x)
+    check_parts(weights, _OPTIONAL, shapes, _CAST, channels, x)
 
 
 class _Options(NamedTuple):

@@ -95,7 +95,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
 def check_kernel(name: str, weight: Tensor, channels: int) -> None:
     """(C, 1, k, k) with k one of KERNEL_SIZES."""
     check_floating(name, weight)
-    k = weight.shape[-1]
+    k = weight.shape[-1] if weight.dim() == 4 else 0
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != k or k not in KERNEL_SIZES:
         raise ValueError(
             f"{name} must be (C, 1, k, k) with k in {KERNEL_SIZES}, stride 1, dilation 1; got {tuple(weight.shape)}"

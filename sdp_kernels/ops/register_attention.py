@@ -1,6 +1,5 @@
 """Attention over register and image tokens with per-head q/k LayerNorm."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from ..backends import choose
 from ..composed import register_attention as composed
 from ..reference.precision import accumulate_dtype, autocast_dtype, cast
 from ..reference.register_attention import ATTEND
-from ._checks import check_eps, check_layer, check_parameter, check_rate, check_rng, check_tensor
+from ._checks import check_eps, check_layer, check_parameter, check_rate, check_rng, check_scale, check_tensor
 from ._contract import define, launch, refuse_double_backward
 
 SCHEMAS = {
@@ -67,7 +66,7 @@ class _RegisterAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_double_backward("register_attention")
+        refuse_double_backward("register_attention", " with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
         qkv, y, lse, *norms, rng = ctx.saved_tensors
         o = ctx.options
         limits = (o.eps, o.scale, o.registers, o.attend, o.dropout)
@@ -130,8 +129,7 @@ def register_attention(
         for part, value in zip(("weight", "bias"), norm, strict=True):
             check_parameter(f"{name} {part}", value, (d,), qkv)
     check_eps(eps)
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    check_scale(scale)
     if isinstance(registers, bool) or not isinstance(registers, int) or not 0 <= registers <= tokens:
         raise ValueError(f"registers must be an int in [0, T = {tokens}], got {registers!r}")
     if attend not in ATTEND:

@@ -93,7 +93,7 @@ def parameter(name: str, good: torch.Tensor, optional: bool = False, any_float: 
 def tensor(name: str, ranks: list[torch.Tensor]) -> list:
     """No floating tensor, or one of these, whose rank or shape is wrong."""
     others = [torch.zeros(2, 3, dtype=dtype) for dtype in (torch.int32, torch.bool, torch.complex64, torch.uint8)]
-    wrong = [(TypeError, name, {name: x}) for x in (None, [1.0], 1.0, *others)]
+    wrong = [(TypeError, name, {name: x}) for x in (None, [1.0], 1.0, *others, Z(2, 3).to_sparse())]
     return wrong + [(ValueError, name, {name: x}) for x in ranks]
 
 
@@ -112,6 +112,7 @@ GRID = [
 ] + [
     (ValueError, "grid", {"x": PICTURE, "grid": (3, 5)}),
     (ValueError, "grid", {"x": TOKENS, "grid": (7, 1), "registers": 1}),
+    *((TypeError, "grid", {"x": TOKENS, "grid": g}) for g in ((7.0, 1.0), ("7", "1"), (None, 7))),
 ]
 
 WRONG = {
@@ -139,8 +140,8 @@ WRONG = {
         *tensor("x", [Z(4), Z(2, 4), Z(2, 4, 3, 5, 6)]),
         *((ValueError, "weight", {"weight": Z(4, 1, k, k)}) for k in (0, 1, 2, 4, 6, 8, 11)),
         *(
-            (ValueError, "weight", {"weight": Z(*s)})
-            for s in ((4, 1, 3, 5), (4, 3, 3), (4, 4, 3, 3), (5, 1, 3, 3), (4, 3))
+            (ValueError, "weight", {"weight": Z(s)})
+            for s in ((4, 1, 3, 5), (4, 3, 3), (4, 4, 3, 3), (5, 1, 3, 3), (4, 3), ())
         ),
         *((TypeError, "weight", {"weight": w}) for w in (None, Z(4, 1, 3, 3).double(), Z(4, 1, 3, 3).int())),
         (ValueError, "weight", {"weight": Z(4, 1, 3, 3, device="meta")}),
@@ -183,6 +184,8 @@ WRONG = {
             )
         ),
         (ValueError, "weights.depthwise_weight", {"depthwise_weight": Z(4, 1, 4, 4)}),
+        *((ValueError, f"weights.{f}_weight", {f"{f}_weight": Z(())}) for f in ("depthwise", "expand")),
+        (TypeError, "weights.depthwise_weight", {"x": TOKENS.bfloat16()}),
         (ValueError, "weights.project_weight", {"project_weight": Z(6, 4)}),
         *ACTIVATION,
         *EPS,
@@ -202,6 +205,8 @@ WRONG = {
             )
         ),
         (ValueError, "weights.depthwise_weight", {"depthwise_weight": Z(4, 1, 4, 4)}),
+        *((ValueError, f"weights.{f}_weight", {f"{f}_weight": Z(())}) for f in ("depthwise", "expand")),
+        (TypeError, "weights.depthwise_weight", {"x": TOKENS.bfloat16()}),
         (ValueError, "weights.project_weight", {"project_weight": Z(6, 4)}),
         *ACTIVATION,
         *EPS,
@@ -218,7 +223,8 @@ WRONG = {
             for f in FFN._fields
             for e, n, m in parameter(f, getattr(FFN, f), f in ("expand_bias", "project_bias", "layer_scale"))
         ),
-        (ValueError, "weights.expand_weight", {"expand_weight": Z(6, 5)}),
+        *((ValueError, "weights.expand_weight", {"expand_weight": w}) for w in (Z(6, 5), Z(()))),
+        (TypeError, "weights.expand_weight", {"x": TOKENS.bfloat16()}),
         (ValueError, "weights.project_weight", {"project_weight": Z(6, 4)}),
         *ACTIVATION,
         *EPS,
@@ -238,7 +244,8 @@ WRONG = {
         (ValueError, "q_norm", {"q_norm": (Z(8), Z(8, device="meta"))}),
         (TypeError, "k_norm", {"k_norm": (Z(8), Z(8).double())}),
         *EPS,
-        *((ValueError, "scale", {"scale": s}) for s in (*NUMBERS, "1")),
+        *((ValueError, "scale", {"scale": s}) for s in (*NUMBERS, 10**400)),
+        *((TypeError, "scale", {"scale": s}) for s in ("1", True)),
         *((ValueError, "registers", {"registers": r}) for r in (-1, 8, 1.0, True, None)),
         *((ValueError, "attend", {"attend": a}) for a in ("", "image", None, "ALL")),
         *rates("dropout"),

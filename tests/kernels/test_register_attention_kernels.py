@@ -9,6 +9,7 @@ from _cases import backend_params
 from _layouts import normal
 from _numerics import differentiate
 from test_register_attention import compare, large, norm, with_norms
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sdp_kernels as sk
 from sdp_kernels.backends import BACKENDS
@@ -67,5 +68,10 @@ def test_norm_gradients_come_for_the_norms_that_there_are(backend):
 def test_double_backward_is_refused(backend):
     qkv = normal(1, 4, 3, 1, 8).requires_grad_()
     y = sk.register_attention(qkv, backend=backend)
-    with pytest.raises(RuntimeError, match="register_attention is not twice differentiable"):
+    with pytest.raises(RuntimeError, match=r"register_attention is not twice differentiable.*SDPBackend\.MATH"):
         torch.autograd.grad(y.sum(), qkv, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # as the error says
+        y = sk.register_attention(qkv, backend="reference")
+        (first,) = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), qkv)
+    assert second.abs().max() > 0

@@ -6,22 +6,12 @@
 // slopes below 2e-7 near their zeros, where GELU's and KeLü's cross from one sign to the other.
 #pragma once
 #include "cpu/activations.h"
+#include "cpu/bf16_pairs.h"
 
-#if SDP_LEVEL == 2 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
-#define SDP_PAIRED_PASSES
+#ifdef SDP_BF16_PAIRS
 
 namespace sdp {
 namespace {
-
-struct PairedBFloat16 { uint16_t bits; };
-
-SDP_HOST_DEVICE Floats widen(HalfBits half, PairedBFloat16) { return widen(half, BFloat16()); }
-// By its mnemonic, since the level is compiled for processors without it and what inlines this can't be told apart.
-SDP_HOST_DEVICE HalfBits round_to(Floats x, PairedBFloat16) {
-  HalfBits half;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));
-  return half;
-}
 
 // As gelu(Floats), but exp(−a²/2) = 2^y with y split at its floor, which scaling by a power of two does on the way, and R a
 // quotient (relative error 4e-7, minimax, closer where the slope is 0): one division and fewer steps than a polynomial.

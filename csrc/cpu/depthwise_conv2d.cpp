@@ -6,7 +6,7 @@
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
-#ifdef SDP_DEPTHWISE_PAIRS
+#ifdef SDP_BF16_PAIRS
 #define SDP_PAIRS(KERNEL) KERNEL<PairedBFloat16>
 #else
 #define SDP_PAIRS(KERNEL) nullptr

@@ -3,24 +3,11 @@
 // A packed element is a column's value, or, where the processor multiplies pairs of bf16 (AVX512_BF16), the value of a
 // column and that of the next: pairs lie at every column, so that they meet any pair of neighbouring taps or columns.
 #pragma once
-#include "cpu/levels.h"
-#include "cpu/simd.h"
+#include "cpu/bf16_pairs.h"
 
 namespace sdp {
 
-#if SDP_LEVEL == 2 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
-#define SDP_DEPTHWISE_PAIRS
-
-// bf16 on a processor with AVX512_BF16. Its instructions stand as text, so that they can be inlined into functions that
-// are not compiled for that extension; they take subnormals for 0 and leave none.
-struct PairedBFloat16 { uint16_t bits; };
-
-SDP_HOST_DEVICE Floats widen(HalfBits half, PairedBFloat16) { return widen(half, BFloat16()); }
-SDP_HOST_DEVICE HalfBits round_to(Floats x, PairedBFloat16) {
-  HalfBits half;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));
-  return half;
-}
+#ifdef SDP_BF16_PAIRS
 SDP_HOST_DEVICE Bits round_to_pair(Floats low, Floats high, PairedBFloat16) {
   DoubleBits both;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
@@ -51,7 +38,7 @@ struct Singles {
 template <class T>
 struct ProductsOf { using type = Singles<Vector<T>>; };
 
-#ifdef SDP_DEPTHWISE_PAIRS
+#ifdef SDP_BF16_PAIRS
 struct Pairs {
   using Packed = Bits;  // the column's bf16 in the lower half, the next one's in the upper
   using Sum = Floats;

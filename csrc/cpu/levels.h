@@ -5,6 +5,13 @@
 // than x86-64 have the baseline alone: on ARM (aarch64) that is NEON, which every such processor has.
 #pragma once
 
+// Whether the compiler knows AVX512_BF16, which level 2 uses where the processor has it.
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#define SDP_KNOWS_BF16_PAIRS 1
+#else
+#define SDP_KNOWS_BF16_PAIRS 0
+#endif
+
 #if SDP_LEVEL == 2
 #define SDP_LEVEL_NAMESPACE level2
 #elif SDP_LEVEL == 1

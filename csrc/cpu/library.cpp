@@ -31,7 +31,7 @@ static int chosen_level = -1;
 int active_level() { return chosen_level; }
 
 bool has_bf16_pairs() {
-#if SDP_LEVELS == 3 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#if SDP_LEVELS == 3 && SDP_KNOWS_BF16_PAIRS
   return chosen_level == 2 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;

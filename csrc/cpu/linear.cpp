@@ -9,7 +9,7 @@
 namespace sdp {
 namespace SDP_LEVEL_NAMESPACE {
 
-#ifdef SDP_PAIRED_PASSES
+#ifdef SDP_BF16_PAIRS
 #define SDP_PAIRED(KERNEL) KERNEL<PairedBFloat16, PairedBFloat16>, KERNEL<PairedBFloat16, float>
 #else
 #define SDP_PAIRED(KERNEL) nullptr, nullptr

@@ -55,7 +55,7 @@ struct ProductTables {
 };
 SDP_DECLARE_TABLE(ProductTables, product_tables)
 
-#if SDP_LEVEL == 2 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#if SDP_LEVEL == 2 && SDP_KNOWS_BF16_PAIRS
 #define SDP_MULTIPLIES
 namespace level2 {
 namespace {

@@ -100,7 +100,7 @@ __attribute__((noinline)) Activated<V> activated_at_run_time(V x, Activation act
 }
 template <class T, class Body>
 inline void with_activation(Activation activation, const Body& body) {
-#ifdef SDP_PAIRED_PASSES
+#ifdef SDP_BF16_PAIRS
   if constexpr (std::is_same<T, PairedBFloat16>::value) {
     if (activation == kGelu) return body([](auto x) { return bf16_gelu(x); });
     if (activation == kKelu) return body([](auto x) { return bf16_kelu(x); });

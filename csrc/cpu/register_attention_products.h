@@ -6,6 +6,7 @@
 //   A: along (the sum runs along the matrix' rows), down (along its columns)
 //   B: stacked (the sum runs down the matrix' rows), turned (the matrix transposed)
 #pragma once
+#include "cpu/levels.h"
 #include "cpu/simd.h"
 
 namespace sdp {
@@ -108,7 +109,7 @@ struct Accumulated {
   }
 };
 
-#if SDP_LEVEL == 2 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#if SDP_LEVEL == 2 && SDP_KNOWS_BF16_PAIRS
 #define SDP_BF16_PAIRS 1
 #define SDP_MULTIPLIES_PAIRS __attribute__((target("avx512bf16")))
 

@@ -22,7 +22,8 @@ def check_floating(name: str, value: object) -> None:
 
 def check_parameter(name: str, value: object, shape: tuple[int, ...], x: Tensor) -> None:
     """A tensor of ``shape`` on x's device, in x's dtype or fp32 (or any, under autocast, which casts it)."""
-    if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == shape and value.device == x.device:
+    strided = isinstance(value, Tensor) and value.layout is torch.strided
+    if strided and value.dtype is x.dtype and value.shape == shape and value.device == x.device:
         return
     check_floating(name, value)
     if value.device != x.device:

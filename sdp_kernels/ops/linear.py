@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
+from .._device import type_of_device
 from ..backends import choose
 from ..composed import linear as composed
 from ..reference.philox import drop_path_mask
@@ -118,7 +119,7 @@ class Branch(NamedTuple):
     epilogue: bool = True
     """False where nothing stands around the GEMM."""
     autocast: torch.dtype | None = None
-    """What autocast casts the weights to; their gradients then leave in the type of their sums, never rounded to it."""
+    """What autocast casts the weights to; their gradients then leave in the type of their sums, if the GEMM can."""
 
 
 def branch_fwd(x, weight, bias, layer_scale, residual, path_mask, b: Branch, rng=None) -> tuple[Tensor, Tensor]:
@@ -184,6 +185,8 @@ def _masked(grad: Tensor, x: Tensor, masks: tuple, b: Branch, sums: bool) -> tup
     path_mask, registers, dropout, *_ = masks
     if not (sums or registers or dropout) and path_mask is None and grad.dtype == x.dtype:
         return grad, None
+    if not b.epilogue and type_of_device(grad) == "cuda":  # sums alone: the pass would write dy again
+        return grad, grad.sum((0, 1), dtype=accumulate_dtype(grad.dtype))
     like = grad if grad.dtype == x.dtype else grad.new_empty(grad.shape, dtype=x.dtype)
     d, _, total = launch(b.backend, "linear_epilogue_bwd", grad, like, "none", None, *masks)
     return d, total
@@ -218,26 +221,29 @@ class _Linear(torch.autograd.Function):
         w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         y, z = branch_fwd(x, w, b, layer_scale, residual, path_mask, branch, rng)
         z = None if branch.activation == "none" else z
-        ctx.save_for_backward(x, z, w, weight, bias, layer_scale, path_mask, None if rng is None else rng.clone())
+        plain = (None, None) if branch.epilogue else (weight, bias)  # which is twice differentiable
+        kept = (x, z, w, b, layer_scale, path_mask, None if rng is None else rng.clone())
+        ctx.save_for_backward(*kept, *plain)
         ctx.branch, ctx.residual = branch, residual is not None
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, z, w, weight, bias, layer_scale, path_mask, rng = ctx.saved_tensors
+        x, z, w, b, layer_scale, path_mask, rng, *plain = ctx.saved_tensors
         if differentiating_twice() and not ctx.branch.epilogue:
 
             def form(x, weight, bias):
                 return F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
 
-            return *differentiate_reference(form, (x, weight, bias), grad), *(None,) * 5
+            return *differentiate_reference(form, (x, *plain), grad), *(None,) * 5
         refuse_double_backward("linear")
         wants_dx, wants_dw, _, wants_dscale, *_ = ctx.needs_input_grad
         dx, dw, db, dscale = branch_bwd(
-            grad, x, z, w, bias, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
+            grad, x, z, w, b, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
         )
-        dw = None if dw is None else cast(dw, weight.dtype)
-        db = None if bias is None else cast(db, bias.dtype)
+        dw = None if dw is None else cast(dw, ctx.dtypes[0])
+        db = None if b is None else cast(db, ctx.dtypes[1])
         dscale = None if dscale is None else cast(dscale, layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
 
@@ -323,7 +329,8 @@ def linear(
         adds = layer_scale is not None or residual is not None or registers > 0
         epilogue = activation != "none" or adds or dropout > 0 or drop_path > 0
         ours = prefers(chosen, "linear_gemm_fwd", x, weight) or through_fp32(x)
-        exacter = weight.dtype != x.dtype and sums_leave_unrounded(x)
+        wanted = torch.is_grad_enabled() and weight.requires_grad and weight.dtype != x.dtype
+        exacter = wanted and sums_leave_unrounded(x)
         if not (epilogue or ours or exacter):
             chosen = "composed"
     if chosen not in ("composed", "reference"):
@@ -332,6 +339,6 @@ def linear(
         branch = Branch(activation, registers, chosen, float(dropout), layer, keep, epilogue, autocast)
         residual = other_than(x, residual)
         return _fused(x, weight, bias, layer_scale, residual, path_mask, rng if dropout else None, branch)
-    # Left: no kernel here, or nothing around the GEMM.
+    # Left: no kernel here, or nothing around the vendor's GEMM that ours would do better.
     form = reference.linear if chosen == "reference" else composed
     return form.linear(x, weight, bias, activation, layer_scale, residual, registers, dropout, drop_path, rng, layer)

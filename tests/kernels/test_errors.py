@@ -79,7 +79,7 @@ def rates(name: str) -> list:
 
 def parameter(name: str, good: torch.Tensor, optional: bool = False, any_float: bool = False) -> list:
     """A parameter of the wrong kind, dtype, shape, device."""
-    wrong = [(TypeError, name, {name: 1.0}), (TypeError, name, {name: good.int()})]
+    wrong = [(TypeError, name, {name: wrong}) for wrong in (1.0, good.int(), good.to_sparse())]
     wrong += [
         (ValueError, name, {name: Z(*good.shape[:-1], good.shape[-1] + 1)}),
         (ValueError, name, {name: good[None]}),

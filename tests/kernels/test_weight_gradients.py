@@ -82,6 +82,46 @@ def test_as_exact_as_their_sums(layer_scale):
         assert (theirs.double() - exact).abs().max() > 1e-4 * largest
 
 
+def test_layer_scales_see_the_bias_that_was_added():
+    """Its bfloat16 number, not the parameter: 1, where the gradient is small beside bias · Σ dy."""
+    x, weight = normal(4, 33, 48, dtype=LOW).float(), normal(34, 48, seed=1, dtype=LOW).float()
+    bias, scale = torch.full((34,), 1 + 0.49 * 2**-8), torch.ones(34)
+    grad, (*_, dscale) = gradients(lambda x, w, b, s: sk.linear(x, w, b, layer_scale=s), [x, weight, bias, scale])
+    exact = (grad.double() * (x.double() @ weight.double().T + 1)).sum((0, 1))
+    torch.testing.assert_close(dscale.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["linear-intermediate", "linear-residual", "conv_mlp", "convnext_block"])
+def test_parameters_may_change_before_backward(name):
+    """Backward needs their cast copies alone, as PyTorch's does under autocast."""
+    case = BY_NAME[name]
+    leaves = [x.requires_grad_() for x in case.inputs(torch.float32)]
+    seen = []
+    for change in (False, True):
+        with torch.autocast("cpu", LOW):
+            y = case.call(None, *leaves)
+        if change:
+            with torch.no_grad():
+                for i in PARAMETERS[name]:
+                    if leaves[i].dim() > 1:
+                        leaves[i].mul_(1.5)
+        seen.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_compiled(name):
+    """The casts inside the node are traced with it."""
+    case = BY_NAME[name]
+    inputs = case.inputs(torch.float32)
+    call = lambda *x: case.call(None, *x)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(gradients(compiled, inputs)[1], gradients(call, inputs)[1]):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["linear", "conv", "conv-norm"])
 def test_the_parameter_itself_is_twice_differentiated(name):
     """Its cast copy, which the kernel reads, hangs on nothing."""

@@ -133,13 +133,17 @@ class ImageFolder:
             (file, label)
             for label, name in enumerate(self.class_names)
             for file in sorted((self.root / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
+            if file.suffix.lower() in IMAGE_SUFFIXES and not self._hidden(file)
         ]
         if not self.files:
             raise DataError(f"data.path: no images in {self.root} (wanted {self.root}/<class>/<name>.jpg|png|…)")
         self.classes = len(self.class_names)
         self.labels = torch.tensor([label for _, label in self.files])
         self._threads = ThreadPoolExecutor(threads)
+
+    def _hidden(self, file: Path) -> bool:
+        """Whether its name, or that of a folder it is in, begins with a dot."""
+        return any(part.startswith(".") for part in file.relative_to(self.root).parts)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sdp_kernels import UnsupportedError
 from sdpnet import checkpoint, create_model
 from sdpnet.augment import normalize
 from sdpnet.config import Config, ConfigError
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             keep_memory()
         batch, bf16 = config.data.eval_batch, config.run.precision == "bf16"
         result = evaluate(model.to(device), dataset, batch_size=batch, device=device, bf16=bf16)
-    except (ConfigError, DataError, checkpoint.CheckpointError, ImportError) as error:
+    except (ConfigError, DataError, checkpoint.CheckpointError, ImportError, UnsupportedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

@@ -274,7 +274,7 @@ def stop_signals() -> Iterator[list[int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments, __doc__)
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under torchrun each process would train a whole run of its own
+        if os.environ.get("WORLD_SIZE") not in (None, "", "1"):  # under torchrun: each process would train its own run
             raise ConfigError("a run is one process on one device; start it without torchrun")
         resolved, source = settings(options)
         config = resolved.config
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: cannot write: {error}; what was saved before is whole", file=sys.stderr)
+        print(f"error: cannot read or write: {error}; what was saved before is whole", file=sys.stderr)
         return 1
     if not finished:
         place = f"epoch {trainer.progress.epoch + 1}, step {trainer.progress.step} of {trainer.total_steps}"

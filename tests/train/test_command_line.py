@@ -189,6 +189,12 @@ def test_images_from_folders_train_too(tmp_path, tiny_words, capsys):
     assert "different classes: class2" in capsys.readouterr().err and not (tmp_path / "third").exists()
 
 
+def test_evaluate_says_why_a_backend_asked_for_cannot(finished, capsys):
+    with use_backend("cuda"):
+        assert evaluate.main([str(finished), "--fused"]) == 2
+    assert "cuda: " in capsys.readouterr().err
+
+
 def test_several_processes_are_refused_instead_of_training_the_same_each(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(["--out", str(tmp_path / "run")]) == 2
@@ -217,5 +223,5 @@ def test_a_full_disk_ends_the_run_with_an_error_that_names_the_file(tmp_path, ti
     monkeypatch.setattr(os, "fsync", full)
     assert train.main([*tiny_words, "schedule.epochs=1", "schedule.warmup_epochs=0", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"cannot write: \[Errno 28\].*/optimizer\.safetensors'", error)
+    assert re.search(r"cannot read or write: \[Errno 28\].*/optimizer\.safetensors'", error)
     assert not list(tmp_path.rglob("optimizer.safetensors*")) and not list(tmp_path.rglob("step-*"))

@@ -173,6 +173,8 @@ def test_an_image_too_large_to_decode_is_named(folder, monkeypatch):
 def test_hidden_names_are_neither_classes_nor_images(folder):
     (folder / ".ipynb_checkpoints").mkdir()
     (folder / "bee" / "._0.jpg").write_bytes(b"a Mac's notes on 0.jpg")
+    (folder / "bee" / ".ipynb_checkpoints").mkdir()
+    (folder / "bee" / ".ipynb_checkpoints" / "0-checkpoint.jpg").write_bytes((folder / "bee" / "0.jpg").read_bytes())
     data = ImageFolder(folder, 24)
     assert data.class_names == ("ant", "bee", "cat") and len(data) == 6
 

@@ -6,7 +6,7 @@
 // Scores are computed in both, seven products instead of five; in exchange no sum crosses warps, any T fits, and
 // nothing but the gradients is written. dS = P ∘ (dP − δ), P = exp(S − lse), δ = Σ dY ∘ Y over a row's channels.
 #pragma once
-#include "cuda/register_attention_forward.cuh"
+#include "cuda/register_attention_backward_parts.cuh"
 
 namespace sdp {
 
@@ -40,19 +40,6 @@ struct BackwardMemory {
   }
   __device__ __forceinline__ float* warp_sums() const { return sums + threadIdx.x / kWarp * 2 * D; }
 };
-
-template <class T, int D>
-__device__ __forceinline__ void row_products(const RowTile<D>& a, const RowTile<D>& b, float (&products)[2]) {
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    float sum = 0;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum += row_element<T>(a.x[k], e, j) * row_element<T>(b.x[k], e, j);
-    products[e] = quad_sum(sum);
-  }
-}
 
 // Tokens first … first + rows of Q, normalised and with the scale's sign, dY, lse and δ into shared memory. Lean: by
 // warps that have keys at work.
@@ -108,25 +95,6 @@ __device__ __forceinline__ void share_queries(const AttentionCase<float>& c, con
         memory.delta[row] = delta[e];
         memory.lse[row] = from.row[e] < c.tokens ? lse[from.row[e]] * kLog2e : INFINITY;
       }
-  }
-}
-
-// From the gradient of a tile's rows after the norm (`tiles` times `factor`) to that of the rows as they came, stored.
-// inputs and out: the head's rows of q or k, and of their gradient.
-template <class T, int D>
-__device__ __forceinline__ void finish_rows(const AttentionCase<float>& c, const AttentionNorm& norm,
-                                            const float (&tiles)[D / 8][4], float factor, const T* inputs, T* out,
-                                            const float* weights, const LaneRows& rows, float* warp_sums) {
-  RowTile<D> r;
-  if (norm.there) {
-    float sums[D / 2];
-    load_rows<T, D>(r, inputs, c.row_stride(), rows, c.tokens, c.d);
-    norm_rows_backward<T, D>(r, tiles, factor, weights, rows, c.tokens, c.d, c.eps, sums);
-    store_rows<T, D>(r, out, c.row_stride(), rows, c.tokens, c.d);
-    add_column_sums(warp_sums, sums);
-  } else {
-    round_rows<T, D>(r, tiles, factor, factor);
-    store_rows<T, D>(r, out, c.row_stride(), rows, c.tokens, c.d);
   }
 }
 
@@ -248,19 +216,7 @@ __device__ __forceinline__ void backward_of_queries(const AttentionCase<float>& 
     const LaneRows rows(first_query, false);
     RowTile<D> q, dy;
     float delta[2], lse[2];
-    {
-      const AttentionHead<T, float> head(c, forgotten(of_batch));
-      RowTile<D> y;
-      load_rows<T, D>(q, head.queries, c.row_stride(), rows, c.tokens, c.d);
-      load_rows<T, D>(dy, head.in_output(static_cast<const T*>(c.grad), c), c.out_stride(), rows, c.tokens, c.d);
-      load_rows<T, D>(y, head.in_output(static_cast<const T*>(c.y), c), c.out_stride(), rows, c.tokens, c.d);
-      row_products<T, D>(dy, y, delta);
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        lse[e] = rows.row[e] < c.tokens ? c.lse[head.number * c.tokens + rows.row[e]] * kLog2e : INFINITY;
-    }
-    if (c.q_norm.there) norm_rows<T, D>(q, memory.q_parameters, rows, c.tokens, c.d, c.eps);
-    xor_rows<D>(q, scale.sign_bits);
+    load_queries<T, D>(c, of_batch, scale, memory, rows, q, dy, delta, lse);
     xor_rows<D>(dy, scale.hidden_zero());
     float dq[D / 8][4] = {};
 

@@ -113,23 +113,6 @@ __device__ __forceinline__ void panels_of_keys(const AttentionCase<float>& c, co
   }
 }
 
-// 16 queries of this warp in registers, δ and lse (in base 2) of them.
-template <class T, int D>
-__device__ __forceinline__ void load_queries(const AttentionCase<float>& c, int of_batch, const ScoreScale& scale,
-                                             const WgmmaMemory<D>& memory, const LaneRows& rows, RowTile<D>& q,
-                                             RowTile<D>& dy, float (&delta)[2], float (&lse)[2]) {
-  const AttentionHead<T, float> head(c, forgotten(of_batch));
-  RowTile<D> y;
-  load_rows<T, D>(q, head.queries, c.row_stride(), rows, c.tokens, c.d);
-  load_rows<T, D>(dy, head.in_output(static_cast<const T*>(c.grad), c), c.out_stride(), rows, c.tokens, c.d);
-  load_rows<T, D>(y, head.in_output(static_cast<const T*>(c.y), c), c.out_stride(), rows, c.tokens, c.d);
-  row_products<T, D>(dy, y, delta);
-#pragma unroll
-  for (int e = 0; e < 2; ++e)
-    lse[e] = rows.row[e] < c.tokens ? c.lse[head.number * c.tokens + rows.row[e]] * kLog2e : INFINITY;
-  if (c.q_norm.there) norm_rows<T, D>(q, memory.q_parameters, rows, c.tokens, c.d, c.eps);
-  xor_rows<D>(q, scale.sign_bits);
-}
 // 16 keys, and V of them.
 template <class T, int D>
 __device__ __forceinline__ void load_keys(const AttentionCase<float>& c, int of_batch, const WgmmaMemory<D>& memory,

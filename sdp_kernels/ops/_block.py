@@ -61,7 +61,7 @@ def cast_parts(weights: Weights, prefixes: tuple[str, ...], dtype: torch.dtype |
     if dtype is None:
         return weights
     parts = zip(weights._fields, weights, strict=True)
-    return type(weights)(*(cast(p, dtype) if p is not None and name.startswith(prefixes) else p for name, p in parts))
+    return type(weights)(*(cast(p, dtype) if name.startswith(prefixes) else p for name, p in parts))
 
 
 def dtypes_of(weights: Weights) -> Weights:

@@ -66,7 +66,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         filters = cast(weight, x.dtype)
         ctx.save_for_backward(x, weight, filters, bias, *norm)
         ctx.grid, ctx.registers, ctx.backend = grid, registers, backend
-        shift = None if bias is None else cast(bias, x.dtype)
+        shift = cast(bias, x.dtype)
         return launch(backend, "depthwise_conv2d_fwd", x, filters, shift, grid, registers, *norm)
 
     @staticmethod
@@ -76,7 +76,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         if differentiating_twice():
 
             def form(x, weight, bias, *norm):
-                weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
+                weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
                 folded = Norm(*norm) if normed else None
                 return reference.depthwise_conv2d.depthwise_conv2d(
                     x, weight, bias, tuple(ctx.grid) or None, ctx.registers, folded
@@ -169,7 +169,7 @@ def depthwise_conv2d(
     x = cast(x, autocast_dtype(x) or x.dtype)
     chosen = choose("depthwise_conv2d", x, backend)
     if chosen == "reference":
-        weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
+        weight, bias = cast(weight, x.dtype), cast(bias, x.dtype)
         return reference.depthwise_conv2d.depthwise_conv2d(x, weight, bias, grid, registers, norm)
     return _DepthwiseConv2d.apply(
         x, weight, bias, list(grid or ()), registers, chosen, *(norm if norm is not None else (None,) * 4)

@@ -218,7 +218,7 @@ def _parameters_bwd(d, total, x, weight, bias, layer_scale, b: Branch, wants_dw:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer_scale, residual, path_mask, rng, branch: Branch):
-        w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
+        w, b = cast(weight, x.dtype), cast(bias, x.dtype)
         y, z = branch_fwd(x, w, b, layer_scale, residual, path_mask, branch, rng)
         z = None if branch.activation == "none" else z
         plain = (None, None) if branch.epilogue else (weight, bias)  # which is twice differentiable
@@ -234,7 +234,7 @@ class _Linear(torch.autograd.Function):
         if differentiating_twice() and not ctx.branch.epilogue:
 
             def form(x, weight, bias):
-                return F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+                return F.linear(x, cast(weight, x.dtype), cast(bias, x.dtype))
 
             return *differentiate_reference(form, (x, *plain), grad), *(None,) * 5
         refuse_double_backward("linear")
@@ -242,8 +242,7 @@ class _Linear(torch.autograd.Function):
         dx, dw, db, dscale = branch_bwd(
             grad, x, z, w, b, layer_scale, path_mask, ctx.branch, rng, wants_dx, wants_dw or wants_dscale
         )
-        dw = None if dw is None else cast(dw, ctx.dtypes[0])
-        db = None if b is None else cast(db, ctx.dtypes[1])
+        dw, db = cast(dw, ctx.dtypes[0]), None if b is None else cast(db, ctx.dtypes[1])
         dscale = None if dscale is None else cast(dscale, layer_scale.dtype)
         return dx, dw, db, dscale, grad if ctx.residual else None, None, None, None
 

@@ -21,9 +21,10 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x.to(dtype)``; at once where there is nothing to do, which ``to`` takes a microsecond to find out."""
-    return x if x.dtype == dtype else x.to(dtype)
+def cast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """``x.to(dtype)``, None for None; at once where there is nothing to do, which ``to`` takes a microsecond to find
+    out."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,17 @@ from sdp_kernels.backends import BACKENDS
 WITH_KERNELS = [p for p in backend_params("linear") if BACKENDS[p.values[-1]].namespace is not None]
 
 
+def found_and_exact(x: torch.Tensor, activation: str, backend: str):
+    """("value" or "slope", the kernels', in fp64) of x (N, 1): a linear layer that multiplies by one."""
+    exact_x = x.double().requires_grad_()
+    exact = plain.ACTIVATIONS[activation](exact_x)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
+    leaf = x.clone().requires_grad_()
+    y = sk.linear(leaf, torch.ones(1, 1, dtype=x.dtype), activation=activation, backend=backend)
+    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    return ("value", y.detach(), exact.detach()), ("slope", slope, exact_slope)
+
+
 @pytest.mark.levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", sk.ACTIVATIONS)
@@ -20,13 +31,7 @@ WITH_KERNELS = [p for p in backend_params("linear") if BACKENDS[p.values[-1]].na
 def test_value_and_slope_are_rounded_once(backend, activation, dtype):
     """Within 2.5e-7 of what is 1 or below, where that is fp32's own rounding, else within 0.51 units of the dtype."""
     x = torch.cat([torch.linspace(-12, 12, 4000), torch.tensor([-100.0, -40.0, 40.0, 100.0])]).to(dtype)[:, None]
-    exact_x = x.double().requires_grad_()
-    exact = plain.ACTIVATIONS[activation](exact_x)
-    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
-    leaf = x.clone().requires_grad_()
-    y = sk.linear(leaf, torch.ones(1, 1, dtype=dtype), activation=activation, backend=backend)
-    (slope,) = torch.autograd.grad(y.sum(), leaf)
-    for name, got, right in (("value", y.detach(), exact.detach()), ("slope", slope, exact_slope)):
+    for name, got, right in found_and_exact(x, activation, backend):
         unit = torch.exp2(torch.floor(torch.log2(right.abs().clamp_min(1e-30)))) * torch.finfo(dtype).eps
         error, allowed = (got.double() - right).abs(), 0.51 * unit + 2.5e-7 * right.abs().clamp_min(1)
         worst = (error / allowed).argmax()
@@ -47,13 +52,7 @@ def test_one_unit_on_every_16_bit_number(backend, activation, dtype):
     """Up to 5 in size, where neither x nor the result is subnormal, but at −3.5, where fp64 misses KeLü's 0."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[(x.abs() <= 5) & (x.abs() >= 4 * torch.finfo(dtype).tiny) & (x != -3.5)][:, None]
-    exact_x = x.double().requires_grad_()
-    exact = plain.ACTIVATIONS[activation](exact_x)
-    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
-    leaf = x.clone().requires_grad_()
-    y = sk.linear(leaf, torch.ones(1, 1, dtype=dtype), activation=activation, backend=backend)
-    (slope,) = torch.autograd.grad(y.sum(), leaf)
-    for name, got, right in (("value", y.detach(), exact.detach()), ("slope", slope, exact_slope)):
+    for name, got, right in found_and_exact(x, activation, backend):
         off = (in_units(got) - in_units(right.to(dtype))).abs()
         off[right.abs() < torch.finfo(dtype).tiny] = 0
         assert off.max() <= 1, f"{name}: {off.max()} units at {x[off.argmax()].item()}"

@@ -219,7 +219,7 @@ def fill_memory():
     """fill_memory(byte): what fresh memory holds, PyTorch's tensors and the kernels' scratch alike (glibc)."""
     perturb, mallopt = -6, getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or platform.machine() == "aarch64":
-        pytest.skip("memory comes from where it cannot be told: not glibc, or PyTorch's mimalloc on ARM")
+        pytest.skip("memory is not glibc's")  # musl, macOS, or mimalloc (PyTorch on ARM): what it holds cannot be set
 
     def fill(byte: int) -> None:
         mallopt(perturb, 0x100 | byte ^ 0xFF)  # of which memset takes the low byte; 0 would turn it off

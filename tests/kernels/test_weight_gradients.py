@@ -8,11 +8,13 @@ from _cases import BY_NAME, cpu_backends
 from _layouts import normal
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import sdp_kernels as sk
 from sdp_kernels import _device
 from sdp_kernels.backends import BACKENDS
 from sdp_kernels.ops._products import wgrad
+from sdp_kernels.ops.linear import Branch, branch_bwd
 
 LOW = torch.bfloat16
 PARAMETERS = {
@@ -158,3 +160,15 @@ def test_the_vendors_gemm_on_a_gpu_writes_its_sums():
         assert wide.shape == narrow.shape == (6, 4)
         products = [n for n in names if "mm" in n or "_to_copy" in n]
         assert products == ["aten.mm.default" if dtype == torch.float32 else "aten.mm.dtype", "aten.mm.default"]
+
+
+def test_a_plain_layer_on_a_gpu_runs_no_pass_for_its_bias():
+    """Two products and a sum, of 16-bit tensors to fp32 gradients; nothing of it runs, and no GPU is needed."""
+    with torch._subclasses.FakeTensorMode():
+        grad, x, weight, bias = (torch.empty(s, dtype=LOW, device="cuda") for s in ((2, 9, 6), (2, 9, 4), (6, 4), (6,)))
+        branch = Branch("none", 0, "cuda", epilogue=False, autocast=LOW)
+        with FlopCounterMode(display=False) as counter:
+            dx, dweight, dbias, dscale = branch_bwd(grad, x, None, weight, bias, None, None, branch)
+    assert (dx.dtype, dweight.dtype, dbias.dtype, dscale) == (LOW, torch.float32, torch.float32, None)
+    assert (dx.shape, dweight.shape, dbias.shape) == (x.shape, weight.shape, bias.shape)
+    assert counter.get_total_flops() == 2 * 2 * 18 * 6 * 4
